@@ -1,0 +1,212 @@
+"""Hugging Face checkpoints as a dictionary of tensors on disk: read lazily, written shard by shard.
+
+Opening a checkpoint reads headers only, and checks them: every shard there and whole, every name
+inside the folder. A tensor is read when asked for and belongs to the caller. Nothing here knows
+what a layer is, or that anything is quantized.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gsq.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.numel * self.dtype.itemsize
+
+
+class Checkpoint:
+    """A folder with `config.json` and safetensors shards.
+
+    `tensors` maps every name to its `TensorInfo`; `config` is the parsed `config.json`.
+    """
+
+    def __init__(self, folder: Path, config: dict, tensors: dict[str, TensorInfo]):
+        self.folder, self.config, self.tensors = folder, config, tensors
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Checkpoint:
+        """Read and check all headers. Raises `UserError` for what is missing, truncated or outside the folder."""
+        folder = Path(folder)
+        config = read_json(folder / "config.json")
+        index = folder / INDEX
+        if index.exists():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise UserError(f"{index} has no weight_map; download the checkpoint again")
+            files = {file: [name for name in weight_map if weight_map[name] == file] for file in set(weight_map.values())}
+        elif (folder / SINGLE).exists():
+            files = {SINGLE: None}
+        else:
+            raise UserError(f"{folder} holds neither {SINGLE} nor {INDEX}; GSQ reads safetensors checkpoints and .gguf")
+        tensors: dict[str, TensorInfo] = {}
+        for file in sorted(files):
+            found = _read_header(_inside(folder, file))
+            missing = set(files[file] or ()) - set(found)
+            if missing:
+                raise UserError(f"{folder / file} lacks {sorted(missing)[0]}, which {INDEX} says it holds; download it again")
+            tensors |= found
+        return cls(folder, config, tensors)
+
+    def read(self, name: str, part: int | None = None) -> Tensor:
+        """The tensor `name` on the CPU in its stored dtype; with `part`, only that index of its first dimension."""
+        with safe_open(self.tensors[name].file, framework="pt") as shard:
+            return shard.get_tensor(name) if part is None else shard.get_slice(name)[part]
+
+    def side_files(self) -> Iterator[Path]:
+        """Everything beside the weights that a user of the model needs: tokenizer, chat template, configs, licence."""
+        shards = {info.file.name for info in self.tensors.values()}
+        weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+        for path in sorted(self.folder.iterdir()):
+            if path.is_file() and path.name not in shards | {INDEX, "config.json"} and path.suffix not in weights:
+                yield path
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+class CheckpointWriter:
+    """Writes a checkpoint that appears under its name only when it is whole.
+
+    Tensors are gathered into shards of at most `shard_bytes`, so that memory holds one shard;
+    everything is written to `<folder>.partial` and renamed by `finish`.
+    """
+
+    def __init__(self, folder: str | Path, shard_bytes: int = 2 << 30):
+        self.folder = Path(folder)
+        if self.folder.exists():
+            raise UserError(f"{self.folder} exists already; choose another folder or remove it")
+        self.partial = self.folder.with_name(self.folder.name + ".partial")
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        self.shard_bytes = shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self._total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Queue a tensor; a full shard is written at once."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self.shard_bytes:
+            self._flush()
+        self._pending[name] = tensor.detach().cpu().contiguous()
+        self._pending_bytes += size
+        self._total_bytes += size
+
+    def write_json(self, file: str, content: dict) -> None:
+        """A JSON file of the checkpoint, such as its `config.json`."""
+        (self.partial / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def copy(self, path: Path) -> None:
+        """A side file, byte for byte."""
+        shutil.copyfile(path, self.partial / path.name)
+
+    def finish(self) -> Path:
+        """Write what is pending and the index, then give the folder its name."""
+        if self._pending or not self._shards:
+            self._flush()
+        if len(self._shards) == 1:
+            (self.partial / self._shard_file(0, None)).rename(self.partial / SINGLE)
+        else:
+            self._name_shards()
+        for path in self.partial.iterdir():
+            _sync(path)
+        self.partial.rename(self.folder)
+        return self.folder
+
+    def _flush(self) -> None:
+        save_file(self._pending, self.partial / self._shard_file(len(self._shards), None), metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+    def _name_shards(self) -> None:
+        """Shards know their total only at the end; the index is written last."""
+        weight_map = {}
+        for number, names in enumerate(self._shards):
+            final = self._shard_file(number, len(self._shards))
+            (self.partial / self._shard_file(number, None)).rename(self.partial / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        self.write_json(INDEX, index)
+
+    @staticmethod
+    def _shard_file(number: int, total: int | None) -> str:
+        return f"model-{number + 1:05d}" + (f"-of-{total:05d}" if total else "") + ".safetensors"
+
+
+def read_json(path: Path) -> dict:
+    """Parse a JSON file of a checkpoint; raises `UserError` if it is missing or broken."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; is {path.parent} a model folder?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); download it again") from None
+
+
+def _inside(folder: Path, file: str) -> Path:
+    """`folder / file`, refused if it leads out of the folder. Hub caches link files, so links are not followed."""
+    path = Path(os.path.normpath(folder / file))
+    if os.path.isabs(file) or path.parent != Path(os.path.normpath(folder)):
+        raise UserError(f"{folder / INDEX} names {file!r}, a file outside the checkpoint's folder; do not trust it")
+    return path
+
+
+def _read_header(path: Path) -> dict[str, TensorInfo]:
+    """Names, dtypes and shapes of a shard. safetensors itself checks that the file is as long as they say."""
+    if not path.exists():
+        raise UserError(f"shard {path} is missing; download the checkpoint again")
+    try:
+        with safe_open(path, framework="pt") as shard:
+            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (not a dict)
+            return {name: TensorInfo(path, DTYPES[s.get_dtype()], tuple(s.get_shape())) for name, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"shard {path} is truncated or damaged ({error}); download it again") from None
+    except KeyError as error:
+        raise UserError(f"{path} holds tensors of dtype {error}, which GSQ does not read") from None
+
+
+def _sync(path: Path) -> None:
+    """Flush a file to the disk, so that a rename never outruns its content."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
