@@ -69,9 +69,11 @@ class Checkpoint:
         index = folder / INDEX
         if index.exists():
             weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
+            if not isinstance(weight_map, dict) or not weight_map or {str} != set(map(type, weight_map.values())):
                 raise UserError(f"{index} has no weight_map; download the checkpoint again")
-            files = {file: [name for name in weight_map if weight_map[name] == file] for file in set(weight_map.values())}
+            files = {
+                file: [name for name in weight_map if weight_map[name] == file] for file in set(weight_map.values())
+            }
         elif (folder / SINGLE).exists():
             files = {SINGLE: None}
         else:
@@ -81,7 +83,9 @@ class Checkpoint:
             found = _read_header(_inside(folder, file))
             missing = set(files[file] or ()) - set(found)
             if missing:
-                raise UserError(f"{folder / file} lacks {sorted(missing)[0]}, which {INDEX} says it holds; download it again")
+                raise UserError(
+                    f"{folder / file} lacks {sorted(missing)[0]}, which {INDEX} says it holds; download it again"
+                )
             tensors |= found
         return cls(folder, config, tensors)
 
@@ -177,11 +181,14 @@ class CheckpointWriter:
 def read_json(path: Path) -> dict:
     """Parse a JSON file of a checkpoint; raises `UserError` if it is missing or broken."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} is missing; is {path.parent} a model folder?") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; download it again")
+    return content
 
 
 def _inside(folder: Path, file: str) -> Path:

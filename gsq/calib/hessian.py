@@ -1,0 +1,57 @@
+"""Second moments of what targets read: `H = sum w x x^T` over the calibration tokens, in float32.
+
+`C = sum w x' x^T` beside it, where `x'` is what the same Linear reads in the original model, turns
+the layer-wise problem into "answer the original model": the best weights for the quantized
+prefix's inputs are then `W C H^-1` (as in GPTAQ, https://arxiv.org/abs/2504.02692).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK = 8192  # tokens turned to float32 at once
+
+
+class Moments:
+    """Accumulates `hessian` `[batch, in, in]`, `cross` of the same shape or None, and `tokens` `[batch]`."""
+
+    def __init__(self, batch: int, in_features: int, device: torch.device, cross: bool = False):
+        self.hessian = torch.zeros(batch, in_features, in_features, device=device)
+        self.cross = torch.zeros_like(self.hessian) if cross else None
+        self.tokens = torch.zeros(batch, dtype=torch.int64)
+
+    def add(self, index: int, x: Tensor, original: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """Count `x` `[tokens, in]`, read by matrix `index` of the batch; `weights` `[tokens]` are optional."""
+        self.tokens[index] += len(x)
+        for start in range(0, len(x), CHUNK):
+            part = slice(start, start + CHUNK)
+            right = x[part].float()
+            left = right if weights is None else right * weights[part, None]
+            self.hessian[index].addmm_(left.T, right)
+            if self.cross is not None:
+                left = original[part].float() if weights is None else original[part].float() * weights[part, None]
+                self.cross[index].addmm_(left.T, right)
+
+    def shrunk(self, prior: float) -> Tensor:
+        """Hessians per token, those of matrices that saw few tokens drawn toward the mean of all, `[batch, in, in]`.
+
+        `prior` is the number of tokens at which a matrix's own tokens and the mean weigh the same.
+        A matrix that saw none gets the mean.
+        """
+        tokens = self.tokens.to(self.hessian.device).float()[:, None, None]
+        if len(tokens) == 1:
+            return self.hessian / tokens.clamp_min(1)
+        mean = self.hessian.sum(0) / tokens.sum().clamp_min(1)
+        return (self.hessian + prior * mean) / (tokens + prior)
+
+
+def answer_original(weights: Tensor, moments: Moments, hessian: Tensor) -> Tensor:
+    """Weights `[batch, out, in]` whose outputs on the quantized prefix come nearest to the original's.
+
+    Minimizes `sum |W x' - V x|^2` plus the ridge that `hessian` (damped, per token) carries on `|V - W|^2`.
+    """
+    tokens = moments.tokens.to(weights.device).float().clamp_min(1)[:, None, None]
+    ridge = hessian - moments.hessian / tokens
+    wanted = weights.float() @ (moments.cross / tokens + ridge)  # [batch, out, in]
+    return torch.cholesky_solve(wanted.mT, torch.linalg.cholesky(hessian)).mT

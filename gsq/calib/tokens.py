@@ -1,0 +1,120 @@
+"""Calibration tokens: fixed windows of token ids from a hub dataset, local text, or the model itself."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gsq.device import activation_dtype
+from gsq.errors import UserError
+
+# Short names of hub datasets: repository, configuration, split, column
+DATASETS = {
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", "text"),
+    "c4": ("allenai/c4", "en", "train", "text"),
+    "open-thoughts": ("open-thoughts/OpenThoughts-114k", "default", "train", "conversations"),
+}
+FIELDS = ("text", "content", "conversations", "messages", "question", "answer", "prompt", "response")
+SELF_BATCH = 64  # sequences sampled at once
+
+
+def calibration_tokens(source: str, folder: Path, windows: int, length: int, seed: int, device: torch.device) -> Tensor:
+    """Token ids int64 `[windows, length]` from `source`, with the tokenizer (and for `self` the model) in `folder`."""
+    if source == "self":
+        return sample_from_model(folder, windows, length, seed, device)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = _local_texts(source) if _is_local(source) else _dataset_texts(source, seed)
+    return pack(texts, tokenizer, windows, length, source)
+
+
+def pack(texts: Iterator[str], tokenizer, windows: int, length: int, origin: str) -> Tensor:
+    """The first `windows * length` tokens of `texts`, an end-of-text token between documents, `[windows, length]`."""
+    wanted, ids = windows * length, []
+    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    for text in texts:
+        if ids:
+            ids += separator
+        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) >= wanted:
+            return torch.tensor(ids[:wanted]).view(windows, length)
+    raise UserError(
+        f"{origin} holds {len(ids)} tokens, enough for {len(ids) // length} windows of {length}, not {windows}; "
+        "give more text, or lower the number or length of the windows"
+    )
+
+
+def sample_from_model(folder: Path, windows: int, length: int, seed: int, device: torch.device) -> Tensor:
+    """Windows that the model itself writes, at temperature 1, each from a random first token (as in LLM-QAT,
+    https://arxiv.org/abs/2305.17888). Needs the whole model in memory."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=activation_dtype(device)).to(device).eval()
+    parts = []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for start in range(0, windows, SELF_BATCH):
+            count = min(SELF_BATCH, windows - start)
+            first = torch.randint(model.get_input_embeddings().num_embeddings, (count, 1)).to(device)
+            ids = model.generate(
+                first, attention_mask=torch.ones_like(first), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                max_new_tokens=length - 1, min_new_tokens=length - 1, eos_token_id=None, pad_token_id=0, use_cache=True,
+            )  # fmt: skip
+            parts.append(ids.cpu())
+    return torch.cat(parts)
+
+
+def _is_local(source: str) -> bool:
+    local = Path(source).expanduser().exists() or bool(glob.glob(source))
+    if (
+        not local
+        and source not in DATASETS
+        and (source.startswith((".", "/", "~")) or "*" in source or "." in Path(source).name)
+    ):
+        raise UserError(f"calib.source {source!r} does not exist")
+    return local
+
+
+def _local_texts(source: str) -> Iterator[str]:
+    paths = sorted(glob.glob(source)) or [str(Path(source).expanduser())]
+    for path in map(Path, paths):
+        if path.suffix not in {".jsonl", ".json"}:
+            yield path.read_text()
+            continue
+        with open(path) as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    yield _document(json.loads(line))
+                except (json.JSONDecodeError, KeyError):
+                    raise UserError(f"{path}, line {number}: no JSON object with one of {', '.join(FIELDS)}") from None
+
+
+def _dataset_texts(source: str, seed: int) -> Iterator[str]:
+    import datasets
+
+    repository, name, split, _ = DATASETS.get(source, (source, None, "train", None))
+    try:
+        stream = datasets.load_dataset(repository, name, split=split, streaming=True)
+        for row in stream.shuffle(seed=seed, buffer_size=1000):
+            yield _document(row)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"calib.source {source!r} is no local file, and the hub did not give it ({reason}); known datasets: "
+            f"{', '.join(DATASETS)}; offline, use a text file or `self`"
+        ) from None
+
+
+def _document(row: dict) -> str:
+    """The text of a row: all fields that hold text, conversations turn by turn."""
+    found = [row[field] for field in FIELDS if field in row]
+    if not found:
+        raise KeyError(row)
+    turns = (turn for value in found for turn in (value if isinstance(value, list) else [value]))
+    return "\n\n".join(turn if isinstance(turn, str) else turn.get("content", turn.get("value", "")) for turn in turns)

@@ -1,0 +1,229 @@
+"""The configuration of a run: typed sections, read from YAML, changed by `--set section.key=value`.
+
+Every mistake is found here, before work starts. Settings marked `free` may differ when a run is
+resumed; any other change would make its finished layers wrong, and is refused by `gsq.run`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gsq.errors import UserError
+
+FREE = {"free": True}  # json_schema_extra of settings that a resumed run may change
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A section refuses keys that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Section):
+    """What to quantize."""
+
+    name: str = Field(description="hub id, folder, or .gguf file")
+    max_layers: Positive | None = Field(None, description="walk only the first layers; the rest stays as it is")
+
+
+class Calib(Section):
+    """The text that activations are taken from."""
+
+    source: str = Field("self", description="hub dataset, file or glob of text or JSONL, or `self`")
+    windows: Positive = 128
+    length: Positive = 512
+    validation: Positive = Field(16, description="windows, of `windows`, held out to judge hard results")
+    batch: Positive = Field(8, description="windows pushed through a layer at once")
+
+
+class Rule(Section):
+    """Tensors whose name matches `match` (a regular expression, searched) are quantized, or kept."""
+
+    match: str
+    keep: bool = False
+    bits: Literal[2, 3, 4, 5, 6, 7, 8] | None = None
+    ternary: bool = False
+    group_size: Positive = 128
+
+    def model_post_init(self, context: Any) -> None:
+        """A rule says exactly one thing."""
+        if self.keep + self.ternary + (self.bits is not None) != 1:
+            raise ValueError("a rule needs exactly one of: keep: true, bits: N, ternary: true")
+
+
+class Plan(Section):
+    """Which tensors are quantized, and how: the first rule that matches a tensor decides; others are kept."""
+
+    rules: Annotated[list[Rule], Field(min_length=1)]
+
+
+class Init(Section):
+    """The start of refinement."""
+
+    method: Literal["gptq", "rtn"] = "gptq"
+    damping: float = Field(0.02, gt=0, description="added to the Hessian, as a fraction of its mean diagonal")
+    polish: int = Field(2, ge=0, description="rounds of coordinate descent and least-squares scales; 0 for none")
+    token_weights: bool = Field(True, description="weigh tokens by the inverse size of the residual stream")
+    answer_original: bool = Field(True, description="aim at the original model's outputs, not only the layer's")
+    expert_prior: float = Field(64.0, ge=0, description="tokens at which an expert's own Hessian weighs as the mean's")
+
+
+class Refine(Section):
+    """Gumbel-Softmax refinement of codes and scales."""
+
+    enabled: bool = True
+    objective: Literal["output", "hessian", "both"] = "output"
+    target: Literal["stream", "layer"] = Field(
+        "stream",
+        description="reproduce the original model's hidden states, or the original layer on the quantized prefix",
+    )
+    stage: Literal["layer", "module"] = Field(
+        "layer", description="refine a layer's targets together or module by module"
+    )
+    steps: Positive = 32
+    windows: Positive = Field(8, description="calibration windows per step")
+    lr: float = Field(0.001, gt=0, description="of logits")
+    scale_lr: float = Field(0.004, ge=0, description="of scales, relative to their size")
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    tau: tuple[float, float] = (0.5, 0.05)
+    kappa: tuple[float, float] = (100.0, 500.0)
+    gap: float = Field(
+        0.06, gt=0, description="starting logit of a level one scale away from the wanted weight, negated"
+    )
+    noise: bool = True
+    checks: Positive = Field(4, description="times that the hard result is judged during a stage")
+
+
+class Export(Section):
+    """What is written when all layers are done."""
+
+    format: Literal["humming"] | None = Field("humming", json_schema_extra=FREE)
+    out: str | None = Field(None, description="default: `export` in the run folder", json_schema_extra=FREE)
+
+
+class Eval(Section):
+    """Measured on the export, if `text` is given."""
+
+    text: str | None = Field(None, json_schema_extra=FREE)
+    windows: Positive = Field(20, json_schema_extra=FREE)
+    length: Positive = Field(1024, json_schema_extra=FREE)
+
+
+class Tracking(Section):
+    """Weights & Biases."""
+
+    wandb: Literal["online", "offline", "off"] = Field("off", json_schema_extra=FREE)
+    project: str = Field("gsq", json_schema_extra=FREE)
+    name: str | None = Field(None, json_schema_extra=FREE)
+
+
+class Config(Section):
+    """A whole recipe."""
+
+    model: Model
+    plan: Plan
+    calib: Calib = Calib()
+    init: Init = Init()
+    refine: Refine = Refine()
+    export: Export = Export()
+    eval: Eval = Eval()
+    tracking: Tracking = Tracking()
+    run: str | None = Field(
+        None, description="run folder; default: runs/<name of the config file>", json_schema_extra=FREE
+    )
+    seed: int = 0
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of activations; auto: bfloat16 where the processor multiplies it natively"
+    )
+
+    def model_post_init(self, context: Any) -> None:
+        """What one section says about another."""
+        if self.calib.validation >= self.calib.windows:
+            raise ValueError(
+                f"calib.validation ({self.calib.validation}) must be below calib.windows ({self.calib.windows})"
+            )
+
+    def to_yaml(self) -> str:
+        """The whole configuration, defaults included."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def fixed(self) -> dict[str, Any]:
+        """Settings by dotted key that a resumed run must not change."""
+        return dict(_fixed(self, ""))
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file and apply overrides such as `refine.steps=64`; raises `UserError` for any mistake."""
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"config file {path} does not exist") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold sections such as model, calib and plan")
+    for override in overrides or []:
+        _override(content, override)
+    content.setdefault("run", f"runs/{path.stem}")
+    return parse_config(content, str(path))
+
+
+def parse_config(content: dict, origin: str = "config") -> Config:
+    """A validated `Config` of parsed YAML."""
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        lines = [_explain(detail) for detail in error.errors()]
+        raise UserError(f"{origin}: " + "; ".join(lines)) from None
+
+
+def _override(content: dict, override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator:
+        raise UserError(f"--set takes section.key=value, got {override!r}")
+    *sections, leaf = key.strip().split(".")
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise UserError(f"--set {override}: {section} is no section")
+    content[leaf] = yaml.safe_load(value)
+
+
+def _explain(detail: Any) -> str:
+    """One line for one mistake; an unknown key gets the nearest known one."""
+    place = ".".join(str(part) for part in detail["loc"]) or "config"
+    if detail["type"] != "extra_forbidden":
+        message = detail["msg"].removeprefix("Value error, ")
+        given = f" (got {detail['input']!r})" if not isinstance(detail["input"], dict | Section) else ""
+        return f"{place}: {message}{given}"
+    known = sorted(_section_at(detail["loc"][:-1]).model_fields)
+    near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.5)
+    advice = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+    return f"unknown key {place}; {advice}"
+
+
+def _section_at(location: tuple) -> type[Section]:
+    section: type[Section] = Config
+    for part in location:
+        if isinstance(part, int):
+            section = Rule  # the only sections that come in a list
+        elif part != "rules":
+            section = section.model_fields[part].annotation
+    return section
+
+
+def _fixed(section: Section, prefix: str):
+    for name, info in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from _fixed(value, f"{prefix}{name}.")
+        elif not (info.json_schema_extra or {}).get("free"):
+            yield prefix + name, value.model_dump() if isinstance(value, Section) else value

@@ -1,0 +1,28 @@
+"""The one place that decides device and dtype."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+
+def pick_device(index: int = 0) -> torch.device:
+    """The accelerator of this process, else the CPU."""
+    return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def activation_dtype(device: torch.device, wanted: str = "auto") -> torch.dtype:
+    """The dtype that activations are computed in: bfloat16 where the hardware multiplies it natively, else float32."""
+    if wanted != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
+    native = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def peak_memory(device: torch.device) -> tuple[float, float]:
+    """Peak resident memory of this process and peak memory of the device, in GB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return host, torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0

@@ -1,0 +1,59 @@
+"""Round to nearest, with scales found by search: the scale of each group minimizes its weighted squared error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gsq.codebook import Codebook, QuantizedTensor
+
+CANDIDATES = 24  # scales tried per sign
+SHRINK = (0.25, 1.3)  # their range, relative to the scale at which the longest level reaches the largest weight
+
+
+def round_to_nearest(weights: Tensor, codebook: Codebook, importance: Tensor | None = None) -> QuantizedTensor:
+    """Quantize `weights` `[..., out, in]` without looking at other weights' errors.
+
+    `importance` `[..., 1 or out, in]` weighs the squared errors in the search for scales.
+    """
+    scales = search_scales(weights, codebook, importance)
+    return QuantizedTensor(codebook.encode(weights.float(), scales.float()), scales, codebook)
+
+
+def search_scales(weights: Tensor, codebook: Codebook, importance: Tensor | None = None) -> Tensor:
+    """Scales `[..., out, groups]`, rounded to the codebook's dtype, of `weights` `[..., out, in]`.
+
+    A grid of shrink factors of both signs (one sign if the levels are symmetric), then one
+    least-squares step for the best of them.
+    """
+    groups = codebook.groups(weights.shape[-1])
+    w = weights.float().unflatten(-1, (groups, codebook.group_size))  # [..., out, groups, g]
+    h = torch.ones_like(w) if importance is None else importance.float().unflatten(-1, w.shape[-2:]).expand_as(w)
+    table = codebook.level_table(w.device)
+    longest = table.abs().max()
+    unit = w.abs().amax(-1, keepdim=True) / longest
+    symmetric = torch.equal(table, -table.flip(0))
+    best = torch.zeros_like(unit)
+    best_error = (h * w * w).sum(-1, keepdim=True)  # of scale zero
+    for shrink in torch.linspace(*SHRINK, CANDIDATES).tolist():
+        for sign in (1.0,) if symmetric else (1.0, -1.0):
+            best, best_error = _keep_better(w, h, codebook, table, sign * shrink * unit, best, best_error)
+    levels = table[codebook.nearest(_divide(w, best)).int()]
+    fitted = _divide((h * w * levels).sum(-1, keepdim=True), (h * levels * levels).sum(-1, keepdim=True))
+    best, _ = _keep_better(w, h, codebook, table, fitted, best, best_error)
+    return best.squeeze(-1).to(codebook.scale_dtype)
+
+
+def _keep_better(
+    w: Tensor, h: Tensor, codebook: Codebook, table: Tensor, scale: Tensor, best: Tensor, best_error: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Where `scale` `[..., groups, 1]`, rounded as it will be stored, has the smaller error, take it."""
+    scale = scale.to(codebook.scale_dtype).float()
+    error = table[codebook.nearest(_divide(w, scale)).int()].mul_(scale).sub_(w).square_().mul_(h).sum(-1, keepdim=True)
+    better = error < best_error
+    return torch.where(better, scale, best), torch.where(better, error, best_error)
+
+
+def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The quotient, and zero where the denominator is zero."""
+    return torch.where(denominator == 0, 0, numerator / torch.where(denominator == 0, 1, denominator))

@@ -1,0 +1,223 @@
+"""A transformers model without weights, of which one decoder layer at a time becomes real.
+
+The model's own code does everything: its forward prepares masks and position embeddings and
+applies the final norm and head; we only stand in for its decoder layers. So any architecture that
+transformers has, and whose decoder is a list of layers, is walked without a line written for it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING
+
+from gsq.errors import UserError
+from gsq.model.checkpoint import Checkpoint
+from gsq.model.targets import sources
+
+
+class Skeleton:
+    """The model of a checkpoint on the meta device.
+
+    Attributes: `num_layers` (that will be walked), `hidden_size`, `layer_names` (their paths in the module tree).
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_layers: int | None = None,
+    ):
+        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        self.model = build_meta_model(checkpoint.config, dtype)
+        self.decoder = self.model.get_decoder()
+        self.num_layers = min(len(self.decoder.layers), max_layers or len(self.decoder.layers))
+        prefix = next(name for name, module in self.model.named_modules() if module is self.decoder.layers)
+        self.layer_names = [f"{prefix}.{index}" for index in range(len(self.decoder.layers))]
+        self._move_buffers()
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> tuple[Tensor, list[dict]]:
+        """Tokens `[B, L]` to the hidden states before layer 0, `[B, L, H]`, and each layer's keyword arguments.
+
+        The arguments (masks, position embeddings) depend on the shape `[B, L]` alone.
+        """
+        self._materialize(self.model.get_input_embeddings())
+        recorders = [_Recorder(layer) for layer in self.decoder.layers]
+        recorders[-1].last = True
+        with self._stand_in(recorders), suppress(_Seen):
+            self._forward(tokens)
+        return recorders[0].hidden, [recorder.kwargs for recorder in recorders[: self.num_layers]]
+
+    @torch.no_grad()
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits `[B, L, V]` from the hidden states `[B, L, H]` behind the last layer: final norm and head."""
+        self._materialize(self.model.get_input_embeddings())
+        self._materialize(self.model.get_output_embeddings())
+        for name, child in self.decoder.named_children():
+            if name != "layers":
+                self._materialize(child)
+        players = [_Player(layer, hidden) for layer in self.decoder.layers]
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.long)
+        with self._stand_in(players):
+            return self._forward(tokens).logits
+
+    def load_layer(self, index: int) -> nn.Module:
+        """Decoder layer `index` with its weights, which belong to the caller."""
+        layer = copy.deepcopy(self.decoder.layers[index])
+        self._fill(layer, self.layer_names[index] + ".")
+        return layer.eval().requires_grad_(False)
+
+    def run_layer(self, layer: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
+        """Hidden states `[B, L, H]` behind `layer`."""
+        return first_tensor(layer(hidden.to(self.device, self.dtype), **kwargs))
+
+    def read(self, parameter: str, shape: tuple[int, ...]) -> Tensor:
+        """A parameter of the module tree as the checkpoint stores it; experts stored one by one are gathered."""
+        names = self.sources(parameter, shape)
+        if len(names) == 1 and not (len(shape) == 3 and names[0] != parameter):
+            tensor = self.checkpoint.read(names[0])
+        else:
+            tensor = self._gather_experts(names, shape)
+        if tuple(tensor.shape) != shape:
+            raise UserError(f"{names[0]} has shape {tuple(tensor.shape)}, but config.json asks for {shape}")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{parameter} holds NaN or Inf; the source checkpoint is damaged, download it again")
+        return tensor
+
+    def sources(self, parameter: str, shape: tuple[int, ...]) -> list[str]:
+        """Names of the checkpoint's tensors that make up a parameter."""
+        for alias in _aliases(parameter):
+            found = sources(alias, shape, self.checkpoint.tensors)
+            if found:
+                return found
+        head = self.model.get_output_embeddings()
+        if head is not None and parameter == self._path(head) + ".weight":  # tied
+            return self.sources(self._path(self.model.get_input_embeddings()) + ".weight", shape)
+        raise UserError(f"{self.checkpoint.folder} lacks {parameter}, which its config.json asks for")
+
+    def _gather_experts(self, names: list[str], shape: tuple[int, ...]) -> Tensor:
+        """One allocation for the fused tensor, filled part by part."""
+        fused = torch.empty(shape, dtype=self.checkpoint.tensors[names[0]].dtype)
+        parts = len(names) // shape[0]
+        for number, name in enumerate(names):
+            expert, part = divmod(number, parts)
+            fused[expert].chunk(parts)[part].copy_(self.checkpoint.read(name))
+        return fused
+
+    def _fill(self, module: nn.Module, prefix: str) -> None:
+        for name, parameter in list(module.named_parameters()):
+            if parameter.is_meta:
+                tensor = self.read(prefix + name, tuple(parameter.shape)).to(self.device, parameter.dtype)
+                _set_parameter(module, name, nn.Parameter(tensor, requires_grad=False))
+        for name, buffer in module.named_buffers():
+            if prefix + name in self.checkpoint.tensors:
+                buffer.copy_(self.checkpoint.read(prefix + name))
+
+    def _materialize(self, module: nn.Module | None) -> None:
+        if module is not None and any(parameter.is_meta for parameter in module.parameters()):
+            self._fill(module, self._path(module) + ".")
+
+    def _path(self, module: nn.Module) -> str:
+        return next(name for name, candidate in self.model.named_modules() if candidate is module)
+
+    def _forward(self, tokens: Tensor):
+        return self.model(input_ids=tokens.to(self.device), use_cache=False)
+
+    def _move_buffers(self) -> None:
+        """Rotary frequencies and the like are computed, not stored; they live where the model runs."""
+        for module in self.decoder.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.device)
+
+    @contextmanager
+    def _stand_in(self, layers: list[nn.Module]) -> Iterator[None]:
+        original = self.decoder.layers
+        self.decoder.layers = nn.ModuleList(layers)
+        try:
+            yield
+        finally:
+            self.decoder.layers = original
+
+
+def build_meta_model(config: dict, dtype: torch.dtype) -> nn.Module:
+    """The transformers model that `config.json` (parsed) describes: parameters on meta, buffers real."""
+    config = dict(config)
+    architecture = (config.get("architectures") or [None])[0]
+    model_type = config.pop("model_type", None)
+    model_class = getattr(transformers, architecture or "", None)
+    if model_class is None or model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"transformers {transformers.__version__} does not know architecture {architecture!r} ({model_type!r}); "
+            "upgrade transformers, or check config.json"
+        )
+    parsed = CONFIG_MAPPING[model_type].from_dict(config)
+    with init_empty_weights(include_buffers=False):
+        # "eager" experts are a loop of plain linears, which calibration can observe one by one
+        model = model_class._from_config(parsed, dtype=dtype, experts_implementation="eager")
+    return model.eval()
+
+
+def first_tensor(output: Tensor | tuple) -> Tensor:
+    """The hidden states of a module's output, which some modules wrap in a tuple."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+class _Seen(Exception):
+    """Ends a forward whose rest is of no interest."""
+
+
+class _StandIn(nn.Module):
+    """In place of a decoder layer, whose attributes it shows to the model's code."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.__dict__["_layer"] = layer  # past nn.Module, so that it is not a child
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["_layer"], name)
+
+
+class _Recorder(_StandIn):
+    """Keeps the arguments of its layer and passes the hidden states on; the `last` one ends the forward."""
+
+    last = False
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        self.__dict__["hidden"], self.__dict__["kwargs"] = hidden_states, kwargs
+        if self.last:
+            raise _Seen
+        return hidden_states
+
+
+class _Player(_StandIn):
+    """Answers with given hidden states."""
+
+    def __init__(self, layer: nn.Module, hidden: Tensor):
+        super().__init__(layer)
+        self.__dict__["hidden"] = hidden
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        return self.hidden.to(hidden_states)
+
+
+def _aliases(parameter: str) -> Iterator[str]:
+    """Names under which checkpoints store a parameter: with and without the wrapper of multimodal models."""
+    yield parameter
+    if parameter.startswith("model.language_model."):
+        yield parameter.replace("model.language_model.", "model.", 1)
+        yield parameter.replace("model.language_model.", "language_model.model.", 1)
+    elif parameter.startswith("model."):
+        yield parameter.replace("model.", "model.language_model.", 1)
+
+
+def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, parameter)

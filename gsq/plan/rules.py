@@ -1,0 +1,193 @@
+"""The plan: for every parameter of the model, and every other tensor of the checkpoint, quantize or keep, and why.
+
+Made from names and shapes alone, so that an impossible recipe stops before any weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gsq.codebook import Codebook, CodebookError
+from gsq.config import Rule
+from gsq.errors import UserError
+from gsq.model.skeleton import Skeleton
+from gsq.model.targets import EXPERT_PARTS
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """What becomes of one parameter: `codebook` None means kept. `sources` are its tensors in the checkpoint."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    codebook: Codebook | None
+    sources: list[str]
+    rule: str
+    role: str
+    layer: int | None
+    bytes_before: int
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes when exported at exact width."""
+        return self.bytes_before if self.codebook is None else round(self.numel * self.codebook.bits_per_weight / 8)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Entries by parameter name, in the order of the model, then of the checkpoint."""
+
+    entries: dict[str, PlanEntry]
+
+    def targets(self, layer: int | None = None) -> list[PlanEntry]:
+        """Entries to quantize; of one decoder layer, if given."""
+        return [e for e in self.entries.values() if e.codebook is not None and layer in (None, e.layer)]
+
+    def summary(self) -> dict:
+        """Totals: bits per quantized weight and per weight of the model, bytes before and after."""
+        targets = self.targets()
+        weights = sum(e.numel for e in targets)
+        after = sum(e.bytes_after for e in self.entries.values())
+        return {
+            "targets": len(targets),
+            "quantized_weights": weights,
+            "bits_per_quantized_weight": 8 * sum(e.bytes_after for e in targets) / max(weights, 1),
+            "bits_per_weight": 8 * after / sum(e.numel for e in self.entries.values()),
+            "bytes_before": sum(e.bytes_before for e in self.entries.values()),
+            "bytes_after": after,
+        }
+
+    def to_json(self) -> str:
+        """For `plan.json` of a run; `from_json` reads it back."""
+        entries = [
+            vars(e) | {"codebook": e.codebook and e.codebook.to_dict(), "bytes_after": e.bytes_after}
+            for e in self.entries.values()
+        ]
+        return json.dumps({"summary": self.summary(), "entries": entries}, indent=1)
+
+    @classmethod
+    def from_json(cls, path: Path) -> Plan:
+        """Read a `plan.json`."""
+        entries = {}
+        for fields in json.loads(path.read_text())["entries"]:
+            del fields["bytes_after"]
+            codebook = fields["codebook"] and Codebook.from_dict(fields["codebook"])
+            entry = PlanEntry(**fields | {"codebook": codebook, "shape": tuple(fields["shape"])})
+            entries[entry.name] = entry
+        return cls(entries)
+
+
+def make_plan(skeleton: Skeleton, rules: list[Rule]) -> Plan:
+    """Apply `rules` to the targets of the layers to walk; raises `UserError` for a rule that cannot hold."""
+    matched: set[str] = set()
+    entries: dict[str, PlanEntry] = {}
+    claimed: set[str] = set()
+    targets = _targets(skeleton)
+    for name, parameter in skeleton.model.named_parameters():
+        shape = tuple(parameter.shape)
+        names = skeleton.sources(name, shape)
+        rule = _first_match(name, rules, matched)
+        layer = _layer(name, skeleton.layer_names)
+        codebook = _codebook(rule, name, shape) if rule and name in targets else None
+        reason = _reason(rule, name in targets, layer, skeleton.num_layers)
+        if codebook is not None and layer >= skeleton.num_layers:
+            codebook = None
+        before = sum(skeleton.checkpoint.tensors[source].nbytes for source in names if source not in claimed)
+        claimed |= set(names)
+        dtype = str(skeleton.checkpoint.tensors[names[0]].dtype).removeprefix("torch.")
+        entries[name] = PlanEntry(name, shape, dtype, codebook, names, reason, role_of(name), layer, before)
+    for name, info in skeleton.checkpoint.tensors.items():
+        if name not in claimed:  # tensors that transformers does not load, such as MTP
+            _first_match(name, rules, matched)
+            dtype = str(info.dtype).removeprefix("torch.")
+            role = role_of(name)
+            entries[name] = PlanEntry(name, info.shape, dtype, None, [name], "not walked", role, None, info.nbytes)
+    _check_matched(rules, matched, entries)
+    return Plan(entries)
+
+
+ROLES = (  # the first pattern found in a name gives its role
+    (r"^mtp\.|\.mtp\.", "mtp"),
+    (r"visual\.|vision", "vision"),
+    (r"mlp\.experts\.", "routed experts"),
+    (r"shared_expert", "shared expert"),
+    (r"linear_attn\.", "linear attention"),
+    (r"self_attn\.", "attention"),
+    (r"mlp\.gate\.weight", "router"),
+    (r"mlp\.", "mlp"),
+    (r"lm_head", "head"),
+    (r"embed", "embedding"),
+    (r"norm", "norm"),
+)
+
+
+def role_of(name: str) -> str:
+    """A tensor's part in the model, for tables."""
+    return next((role for pattern, role in ROLES if re.search(pattern, name)), "other")
+
+
+def _targets(skeleton: Skeleton) -> set[str]:
+    """Names of parameters inside decoder layers that can be quantized: Linear weights and fused experts."""
+    found = set()
+    for prefix, layer in zip(skeleton.layer_names, skeleton.decoder.layers, strict=True):
+        for path, module in layer.named_modules():
+            for leaf, parameter in module.named_parameters(recurse=False):
+                linear = isinstance(module, nn.Linear) and leaf == "weight"
+                if linear or (parameter.ndim == 3 and leaf in EXPERT_PARTS):
+                    found.add(f"{prefix}.{path}.{leaf}")
+    return found
+
+
+def _first_match(name: str, rules: list[Rule], matched: set[str]) -> Rule | None:
+    rule = next((rule for rule in rules if re.search(rule.match, name)), None)
+    if rule is not None:
+        matched.add(rule.match)
+    return rule
+
+
+def _codebook(rule: Rule, name: str, shape: tuple[int, ...]) -> Codebook | None:
+    if rule.keep:
+        return None
+    make = Codebook.ternary if rule.ternary else lambda size: Codebook.integer(rule.bits, size)
+    codebook = make(rule.group_size)
+    try:
+        codebook.groups(shape[-1])
+    except CodebookError as error:
+        raise UserError(f"{name}: {error}") from None
+    return codebook
+
+
+def _reason(rule: Rule | None, target: bool, layer: int | None, walked: int) -> str:
+    if not target:
+        return "not a target"
+    if layer >= walked:
+        return "beyond model.max_layers"
+    return rule.match if rule else "no rule matches"
+
+
+def _layer(name: str, layer_names: list[str]) -> int | None:
+    return next((index for index, prefix in enumerate(layer_names) if name.startswith(prefix + ".")), None)
+
+
+def _check_matched(rules: list[Rule], matched: set[str], entries: dict[str, PlanEntry]) -> None:
+    for rule in rules:
+        if rule.match not in matched and not rule.keep:
+            example = next((e.name for e in entries.values() if len(e.shape) > 1 and e.layer is not None), "")
+            raise UserError(
+                f"plan rule {rule.match!r} decides about no tensor of this model (names look like {example!r}); "
+                "mend the pattern, move it before a wider rule, or remove it"
+            )
+    if not any(e.codebook for e in entries.values()):
+        raise UserError("no rule of the plan quantizes anything; see `gsq plan CONFIG`")

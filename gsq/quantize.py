@@ -1,0 +1,311 @@
+"""One decoder layer: observe, initialize, refine. What `gsq.train` does for every layer, in its own words.
+
+A *group* is the targets that read one tensor (q, k, v): they share a Hessian and are initialized
+together, after the groups before them. A *stage* is the targets refined together against the output
+of the smallest module that holds them all.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+import torch
+from torch import Tensor, nn
+
+from gsq.calib.hessian import Moments, answer_original
+from gsq.calib.observe import ObserveLinears, shared_inputs
+from gsq.calib.stream import Calls, Stream
+from gsq.codebook import Codebook, QuantizedTensor
+from gsq.init.gptq import damped, gptq
+from gsq.init.polish import free_values, polish, relative_error
+from gsq.init.rtn import round_to_nearest
+from gsq.refine.loop import Quantized, Refined, Schedule, refine
+from gsq.refine.objective import HessianObjective, Objective, OutputObjective, epochs, token_weights
+
+Event = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Numbers that a layer is quantized with; see the configuration for what they mean."""
+
+    method: str
+    damping: float
+    polish: int
+    token_weights: bool
+    answer_original: bool
+    expert_prior: float
+    objectives: tuple[str, ...]  # refined one after the other
+    stream_target: bool
+    whole_layer: bool
+    schedule: Schedule
+    windows_per_step: int
+    held_out: int
+    seed: int
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether the original model's hidden states are walked beside the quantized ones."""
+        return self.stream_target or self.answer_original
+
+
+@dataclass
+class Timer:
+    """Seconds by phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, phase: str):
+        """Count the time of a block."""
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+class LayerWork:
+    """The state of one layer at work: the original module, the one that becomes quantized, and what was found."""
+
+    def __init__(
+        self, index: int, original: nn.Module, stream: Stream, originals: Stream | None,
+        codebooks: dict[str, Codebook], recipe: Recipe, event: Event,
+    ):  # fmt: skip
+        """`codebooks` by the targets' names inside the layer; `event(kind, **fields)` takes what was measured."""
+        self.index, self.original, self.stream, self.originals = index, original, stream, originals
+        self.codebooks, self.recipe, self.event = codebooks, recipe, event
+        self.current = copy.deepcopy(original)
+        self.timer = Timer()
+        self.quantized: Quantized = {}
+        self.free: dict[str, Tensor] = {}
+        self.hessians: dict[str, Tensor] = {}
+        self.wanted: dict[str, Tensor] = {}
+        self.errors: dict[str, dict] = {}
+
+    def run(self) -> tuple[Quantized, Tensor | None]:
+        """Quantize every target; returns them by name inside the layer, and the original stream behind the layer."""
+        with self.timer("teacher"):
+            behind = self.originals.outputs(self.original, self.index) if self.recipe.needs_original else None
+        groups = self._groups()
+        for targets in self._stages(groups):
+            module_path = common_module(targets)
+            with self.timer("teacher"):
+                calls, reached = self._record(module_path)
+                weights = token_weights(reached if behind is None else behind)
+            for group in groups:
+                if set(group) <= set(targets):
+                    self._initialize(group, weights if self.recipe.token_weights else None)
+            if self.recipe.objectives:
+                wanted = self._wanted_output(module_path, calls, behind, reached)
+                with self.timer("refine"):
+                    self._refine(targets, module_path, calls, wanted, weights)
+            for name in targets:
+                self.event("target", layer=self.index, target=name, **self.errors[name])
+        return self.quantized, behind
+
+    def _groups(self) -> list[list[str]]:
+        """Targets that share inputs and codebook, in the order in which the layer reads them."""
+        sample = slice(0, min(self.stream.batch, len(self.stream.tokens)))
+        run = lambda: self.stream.run(self.original, self.index, sample)  # noqa: E731
+        groups = []
+        for group in shared_inputs(self.original, self.codebooks, run):
+            for codebook in dict.fromkeys(self.codebooks[name] for name in group):
+                groups.append([name for name in group if self.codebooks[name] == codebook])
+        return groups
+
+    def _stages(self, groups: list[list[str]]) -> list[list[str]]:
+        """All targets of the layer, or those of each of its direct children."""
+        if self.recipe.whole_layer:
+            return [[name for group in groups for name in group]]
+        stages: dict[str, list[str]] = {}
+        for name in (name for group in groups for name in group):
+            stages.setdefault(name.split(".")[0], []).append(name)
+        return list(stages.values())
+
+    def _record(self, module_path: str) -> tuple[Calls, Tensor]:
+        """Calls of a module, outputs included, before its targets are quantized; and the layer's output."""
+        module = self.current.get_submodule(module_path)
+        calls = Calls(self.stream.tokens.shape[1])
+        size = 0
+        handle = module.register_forward_hook(calls.hook(lambda: size), with_kwargs=True)
+        outputs = []
+        try:
+            for part in self.stream.parts():
+                size = part.stop - part.start
+                outputs.append(self.stream.run(self.current, self.index, part))
+        finally:
+            handle.remove()
+        return calls.finish(), torch.cat(outputs)
+
+    def _initialize(self, group: list[str], weights: Tensor | None) -> None:
+        """Quantize one group by the recipe's method, and put the result into the current layer."""
+        with self.timer("hessian"):
+            moments = self._observe(group, weights)
+            hessian = damped(moments.shrunk(self.recipe.expert_prior), self.recipe.damping)
+        with self.timer("init"):
+            codebook = self.codebooks[group[0]]
+            given = [self.original.get_parameter(name).float() for name in group]
+            rows = [w.shape[-2] for w in given]
+            joined = torch.cat([w if w.ndim == 3 else w[None] for w in given], dim=1)  # [batch, out, in]
+            aim = joined if moments.cross is None else answer_original(joined, moments, hessian)
+            found, errors = self._quantize(aim, hessian, codebook)
+            free = free_values(aim, found, hessian)
+            for name, w, *parts in zip(
+                group, given, found.codes.split(rows, 1), found.scales.split(rows, 1), free.split(rows, 1),
+                aim.split(rows, 1), strict=True,
+            ):  # fmt: skip
+                codes, scales, value, target = (part.reshape(*w.shape[:-1], -1) for part in parts)
+                self._set(name, QuantizedTensor(codes, scales, codebook))
+                self.free[name], self.wanted[name], self.hessians[name] = value, target.view(-1, *w.shape[-2:]), hessian
+                self.errors[name] = errors | {"gsq": None}
+        if len(moments.tokens) > 1:
+            self.event("coverage", layer=self.index, target=group[0], tokens=moments.tokens.tolist())
+
+    def _quantize(self, aim: Tensor, hessian: Tensor, codebook: Codebook) -> tuple[QuantizedTensor, dict]:
+        """RTN or GPTQ, then polish; with the relative error after each."""
+        importance = hessian.diagonal(dim1=-2, dim2=-1)[:, None]
+        found = round_to_nearest(aim, codebook, importance)
+        errors = {"rtn": relative_error(aim, found, hessian), "gptq": None, "polish": None}
+        if self.recipe.method == "gptq":
+            found = gptq(aim, hessian, codebook)
+            errors["gptq"] = relative_error(aim, found, hessian)
+        if self.recipe.polish:
+            found = polish(aim, found, hessian, self.recipe.polish)
+            errors["polish"] = relative_error(aim, found, hessian)
+        return found, errors
+
+    @torch.no_grad()
+    def _observe(self, group: list[str], weights: Tensor | None) -> Moments:
+        """Second moments of what a group reads, over the windows that are not held out."""
+        first = self.current.get_parameter(group[0])
+        fused = first.ndim == 3
+        cross = self.recipe.answer_original and not fused  # experts see other tokens in the original model
+        moments = Moments(first.shape[0] if fused else 1, first.shape[-1], self.stream.hidden.device, cross)
+        for part in self._training_parts():
+            by_token = None if weights is None or fused else weights[part].reshape(-1)
+            answers: dict[str, Tensor] = {}
+            if cross:
+                self._watch(self.original, self.originals, group[0], part, lambda e, x, a=answers: a.update(x=x))
+            add = lambda e, x, a=answers, w=by_token: moments.add(e, x, a.get("x"), w)  # noqa: E731
+            self._watch(self.current, self.stream, group[0], part, add)
+        return moments
+
+    def _watch(
+        self, layer: nn.Module, stream: Stream, name: str, part: slice, see: Callable[[int, Tensor], None]
+    ) -> None:
+        """Run a layer and show what `name` reads; a Linear reads once, so the rest of the layer is not run."""
+        weight = layer.get_parameter(name)
+
+        def seen(_: str, expert: int, x: Tensor) -> None:
+            see(expert, x)
+            if weight.ndim == 2:
+                raise _Enough
+
+        with suppress(_Enough), ObserveLinears({name: weight}, seen):
+            stream.run(layer, self.index, part)
+
+    def _training_parts(self) -> Iterable[slice]:
+        last = len(self.stream.tokens) - self.recipe.held_out
+        return (slice(p.start, min(p.stop, last)) for p in self.stream.parts() if p.start < last)
+
+    def _wanted_output(self, module_path: str, calls: Calls, behind: Tensor | None, reached: Tensor) -> Tensor:
+        """What the stage's module must put out, `[windows, length, H]`.
+
+        Its own output with original weights; for the stream target, plus what the layer's output
+        lacks from the original stream, which the last module of a layer adds to.
+        """
+        if not self.recipe.stream_target:
+            return calls.outputs
+        if module_path == "":
+            return behind
+        last = self._is_last(module_path)
+        return calls.outputs + (behind - reached).view_as(calls.outputs) if last else calls.outputs
+
+    def _is_last(self, module_path: str) -> bool:
+        children = [name.split(".")[0] for name in self.codebooks]
+        return children[-1] == module_path.split(".")[0]
+
+    def _refine(self, targets: list[str], module_path: str, calls: Calls, wanted: Tensor, weights: Tensor) -> None:
+        """Refine one stage by each objective in turn."""
+        schedule = self.recipe.schedule
+        inside = {name: name.removeprefix(module_path + ".") if module_path else name for name in targets}
+        for objective_name in self.recipe.objectives:
+            objective = self._objective(objective_name, inside, module_path, calls, wanted, weights)
+            start = time.perf_counter()
+            refined = refine(
+                {inside[name]: self.quantized[name] for name in targets},
+                {inside[name]: self.free[name] for name in targets},
+                objective,
+                schedule,
+                self.recipe.seed,
+                {inside[name]: zlib.crc32(f"{self.index}.{name}".encode()) for name in targets},
+                lambda step, loss, at, o=objective_name: self.event(
+                    "step", layer=self.index, stage=module_path or "layer", objective=o, step=step,
+                    steps=schedule.steps, loss=loss, lr=at.lr, tau=at.tau, kappa=at.kappa,
+                ),
+            )  # fmt: skip
+            self._take(refined, inside, module_path, time.perf_counter() - start)
+
+    def _objective(
+        self, name: str, inside: dict[str, str], module_path: str, calls: Calls, wanted: Tensor, weights: Tensor
+    ) -> Objective:
+        if name == "hessian":
+            return HessianObjective(
+                {short: self.wanted[full] for full, short in inside.items()},
+                {short: self.hessians[full] for full, short in inside.items()},
+            )
+        module = self.current.get_submodule(module_path)
+        recipe = self.recipe
+        order = epochs(recipe.seed * 1009 + self.index)
+        return OutputObjective(
+            module, calls, wanted, weights, recipe.held_out, recipe.windows_per_step, self.stream.batch, order
+        )
+
+    def _take(self, refined: Refined, inside: dict[str, str], module_path: str, seconds: float) -> None:
+        for full, short in inside.items():
+            self._set(full, refined.targets[short])
+            aim, hessian = self.wanted[full], self.hessians[full]
+            q = refined.targets[short]
+            batched = QuantizedTensor(q.codes.view(aim.shape), q.scales.view(*aim.shape[:-1], -1), q.codebook)
+            self.errors[full]["gsq"] = relative_error(aim, batched, hessian)
+            self.free[full] = free_values(aim, batched, hessian).view(q.codes.shape)
+        self.event(
+            "stage", layer=self.index, stage=module_path or "layer", error_init=refined.error_init,
+            error_final=refined.error_final, accepted=refined.error_final < refined.error_init,
+            best_step=refined.best_step, steps=self.recipe.schedule.steps, seconds=seconds,
+        )  # fmt: skip
+
+    def _set(self, name: str, quantized: QuantizedTensor) -> None:
+        self.quantized[name] = quantized
+        parameter = self.current.get_parameter(name)
+        parameter.data.copy_(quantized.dequantize())
+
+
+class _Enough(Exception):
+    """Ends a forward whose rest is of no interest."""
+
+
+def common_module(targets: list[str]) -> str:
+    """Path of the smallest module that holds all `targets`; "" is the layer itself.
+
+    A single Linear stands inside its parent, whose output depends on more than that product.
+    """
+    paths = [name.split(".")[:-1] for name in targets]
+    path = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
+    if len(targets) == 1 and targets[0].endswith(".weight"):
+        path = path[:-1]
+    return ".".join(path)
+
+
+def quantized_layer(original: nn.Module, quantized: Quantized) -> nn.Module:
+    """The layer as it will be served: `original`, which is changed, with decoded weights."""
+    for name, q in quantized.items():
+        original.get_parameter(name).data.copy_(q.dequantize())
+    return original

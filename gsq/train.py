@@ -1,0 +1,190 @@
+"""Quantize a model: the whole method, top to bottom.
+
+    accelerate launch gsq/train.py configs/smollm2_cpu.yaml
+
+Plan what becomes of each tensor; sample calibration tokens; walk the decoder layers. In each:
+observe what its Linears read, initialize codes and scales (GPTQ and polish), refine them by
+Gumbel-Softmax against the wanted output, keep the layer, and push the hidden states through it.
+Then export, verify the export against the run, and measure it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# Launched by path, Python puts this folder first on sys.path, and `import kernels` (an optional
+# library of transformers) would find ours. Nothing else may be imported before this.
+if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    sys.path.pop(0)
+    if not any((Path(entry or ".") / "gsq" / "__init__.py").exists() for entry in sys.path):
+        sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import time
+from collections.abc import Callable
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from gsq.calib.stream import Stream
+from gsq.calib.tokens import calibration_tokens
+from gsq.config import Config
+from gsq.device import activation_dtype, peak_memory, pick_device
+from gsq.errors import UserError
+from gsq.eval.quality import eval_tokens, evaluate
+from gsq.export.base import check_plan, export_run, open_model
+from gsq.export.verify import verify
+from gsq.model.checkpoint import Checkpoint
+from gsq.model.resolve import resolve_model
+from gsq.model.skeleton import Skeleton
+from gsq.plan.rules import Plan, make_plan
+from gsq.quantize import LayerWork, Recipe, quantized_layer
+from gsq.refine.loop import Schedule
+from gsq.report import write_report
+from gsq.run import Run
+from gsq.tracking import Tracker
+
+
+def train(config: Config, folder: Path | None = None, resume: bool = False) -> Run:
+    """Quantize as `config` says, into run folder `folder` (default: the config's); returns the finished run."""
+    folder = folder or Path(config.run or "runs/gsq")
+    device = pick_device()
+    skeleton, plan = prepare(config, device)
+    source = skeleton.checkpoint
+    resume = resume and folder.exists()
+    if not resume and config.export.format and (target := export_folder(folder, config)).exists():
+        raise UserError(f"export folder {target} exists already; set export.out to another, or remove it")
+    run = Run.resume(folder, config, source) if resume else Run.create(folder, config, plan, source)
+    finished = run.finished()
+    with tracker_for(run) as tracker:
+        if not finished:
+            tracker.event("plan", layers=skeleton.num_layers, **plan.summary())
+        if len(finished) < skeleton.num_layers:
+            walk(run, skeleton, tracker.event)
+        finish(run, tracker.event)
+    return run
+
+
+def finish(run: Run, event: Callable[..., None]) -> None:
+    """Export, verify and measure a run whose layers are done, as far as its configuration asks."""
+    config = run.config
+    if config.export.format is None:
+        return
+    folder = export_folder(run.folder, config)
+    if not folder.exists():
+        export_run(run, config.export.format, folder)
+    checked = verify(folder, run)
+    if config.eval.text:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokens = eval_tokens(config.eval.text, tokenizer, config.eval.windows, config.eval.length)
+        device = pick_device()
+        dtype = activation_dtype(device, config.dtype)
+        event("eval", label="GSQ", **evaluate(open_model(folder), run.source, tokens, device, dtype))
+    event("done", bytes=checked.quantized_bytes + checked.kept_bytes)
+    write_report(run.folder, run.folder / "report.html")
+
+
+def export_folder(folder: Path, config: Config) -> Path:
+    """Where a run in `folder` writes its checkpoint."""
+    return Path(config.export.out) if config.export.out else folder / "export"
+
+
+def tracker_for(run: Run) -> Tracker:
+    """Where a run reports to; what is already measured stays for finished layers only."""
+    config, finished = run.config, {line["layer"] for line in run.finished()}
+    return Tracker(
+        run.folder, keep_layers=finished, wandb=config.tracking.wandb, project=config.tracking.project,
+        name=config.tracking.name, config=config.model_dump(mode="json"),
+    )  # fmt: skip
+
+
+def prepare(config: Config, device: torch.device) -> tuple[Skeleton, Plan]:
+    """Everything that can be checked before work starts: the checkpoint's headers, its architecture, the plan."""
+    source = Checkpoint.open(resolve_model(config.model.name))
+    if "quantization_config" in source.config:
+        method = source.config["quantization_config"].get("quant_method", "unknown")
+        raise UserError(f"{source.folder} is quantized already ({method}); give the original checkpoint")
+    skeleton = Skeleton(source, device, activation_dtype(device, config.dtype), config.model.max_layers)
+    plan = make_plan(skeleton, config.plan.rules)
+    if config.export.format:
+        check_plan(config.export.format, source, plan.entries)
+    return skeleton, plan
+
+
+def walk(run: Run, skeleton: Skeleton, event: Callable[..., None]) -> None:
+    """Quantize the layers that are not finished yet, in order."""
+    config, plan = run.config, run.plan
+    recipe = make_recipe(config)
+    tokens = _tokens(run, skeleton)
+    stream = Stream(skeleton, tokens, config.calib.batch)
+    originals = stream.copy() if recipe.needs_original else None
+    finished = len(run.finished())
+    for index in range(skeleton.num_layers):
+        start = time.perf_counter()
+        layer = skeleton.load_layer(index)
+        prefix = skeleton.layer_names[index] + "."
+        if index < finished:  # walk on with what is already quantized
+            quantized = {name.removeprefix(prefix): q for name, q in run.load_layer(index).items()}
+            behind = originals.outputs(layer, index) if originals else None
+            seconds = {}
+        else:
+            codebooks = {entry.name.removeprefix(prefix): entry.codebook for entry in plan.targets(index)}
+            work = LayerWork(index, layer, stream, originals, codebooks, recipe, event)
+            quantized, behind = work.run()
+            seconds = work.timer.seconds
+        before = time.perf_counter()
+        stream.advance(quantized_layer(layer, quantized), index)
+        if originals:
+            originals.hidden = behind
+        if index >= finished:
+            seconds |= {"push": time.perf_counter() - before, "total": time.perf_counter() - start}
+            run.save_layer(index, {prefix + name: q for name, q in quantized.items()}, seconds=seconds)
+            host, on_device = peak_memory(skeleton.device)
+            event(
+                "layer", layer=index, layers=skeleton.num_layers, seconds=seconds, peak_rss_gb=host,
+                device_gb=on_device, output_error=_distance(stream, originals),
+            )  # fmt: skip
+
+
+def make_recipe(config: Config) -> Recipe:
+    """The numbers of `config` that a layer needs."""
+    init, refine = config.init, config.refine
+    objectives = {"output": ("output",), "hessian": ("hessian",), "both": ("hessian", "output")}[refine.objective]
+    schedule = Schedule(**refine.model_dump(include={field.name for field in fields(Schedule)}))
+    return Recipe(
+        method=init.method, damping=init.damping, polish=init.polish, token_weights=init.token_weights,
+        answer_original=init.answer_original, expert_prior=init.expert_prior,
+        objectives=objectives if refine.enabled else (), stream_target=refine.enabled and refine.target == "stream",
+        whole_layer=refine.stage == "layer", schedule=schedule, windows_per_step=refine.windows,
+        held_out=config.calib.validation, seed=config.seed,
+    )  # fmt: skip
+
+
+def _tokens(run: Run, skeleton: Skeleton) -> Tensor:
+    """The run's calibration tokens, made at its start."""
+    tokens, calib = run.tokens(), run.config.calib
+    if tokens is None:
+        folder = skeleton.checkpoint.folder
+        tokens = calibration_tokens(calib.source, folder, calib.windows, calib.length, run.config.seed, skeleton.device)
+        run.save_tokens(tokens)
+    return tokens
+
+
+def _distance(stream: Stream, originals: Stream | None) -> float | None:
+    """Relative squared distance of the quantized hidden states from the original ones, averaged over tokens."""
+    if originals is None:
+        return None
+    parts = []
+    for part in stream.parts():
+        original = originals.hidden[part].float()
+        difference = (stream.hidden[part].float() - original).square().sum(-1)
+        parts.append(difference / original.square().sum(-1).clamp_min(1e-30))
+    return float(torch.cat(parts).mean())
+
+
+if __name__ == "__main__":
+    from gsq.cli import quantize_program
+
+    quantize_program()
