@@ -105,7 +105,8 @@ def main() -> None:
         device_map=args.device,
         enable_torch_compile=False if args.no_compile else None,
     )
-    rounder.quantize_and_save(output_dir=str(args.out), format="fake")
+    rounder.quantize()
+    rounder.save_quantized(str(args.out), format="fake")
     seconds = time.perf_counter() - start
 
     saved = AutoModelForCausalLM.from_pretrained(args.out, dtype="auto")

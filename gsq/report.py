@@ -423,11 +423,15 @@ def _legend(axes: Axes) -> None:
 
 
 def _by_stage(events: Iterable[dict]) -> dict[str, list[dict]]:
-    """Events by the name of their stage, in order of appearance."""
-    stages = defaultdict(list)
+    """Events by the name of their stage, and by objective where a stage had several; in order of appearance."""
+    stages = defaultdict(lambda: defaultdict(list))
     for event in events:
-        stages[event["stage"]].append(event)
-    return dict(stages)
+        stages[event["stage"]][event.get("objective")].append(event)
+    return {
+        f"{stage}, {objective}" if len(parts) > 1 else stage: part
+        for stage, parts in stages.items()
+        for objective, part in parts.items()
+    }
 
 
 def _thinned(curve: list[tuple[float, float]]) -> list[tuple[float, float]]:

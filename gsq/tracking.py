@@ -74,7 +74,9 @@ class Tracker:
             self._sinks.append(_MetricsFile(self.run / METRICS))
             if self.wandb != "off":
                 self._start_wandb(steps=sum(event["kind"] == "step" for event in past))
-            self._sinks.append(_Live(self.console) if self.console.is_terminal else _Log(self.console))
+            display = _Live if self.console.is_terminal else _Log
+            layers = max((event.get("layers", 0) for event in past), default=0)
+            self._sinks.append(display(self.console, layers, len(self.keep_layers or ())))
             self.event("start", versions=_versions(), resumed=bool(past))
         return self
 
@@ -201,9 +203,9 @@ def _numbers(fields: dict, prefix: str) -> dict[str, float]:
 class _Console:
     """What log and live display share: where the run stands, and a line of text for the events worth one."""
 
-    def __init__(self, console: Console):
+    def __init__(self, console: Console, layers: int, done: int):
         self.console = console
-        self.layers, self.done = 0, 0
+        self.layers, self.done = layers, done
         self.stages: list[dict] = []  # of the current layer
         self.seconds: list[float] = []  # of the layers done in this session
 
@@ -258,8 +260,8 @@ class _Log(_Console):
 class _Live(_Console):
     """Two bars, layers and the steps of the current stage, below the lines of the layers that are done."""
 
-    def __init__(self, console: Console):
-        super().__init__(console)
+    def __init__(self, console: Console, layers: int, done: int):
+        super().__init__(console, layers, done)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -269,7 +271,7 @@ class _Live(_Console):
             TextColumn("{task.fields[note]}"),
             console=console,
         )
-        self.layer_bar = self.progress.add_task("layers", total=None, note="")
+        self.layer_bar = self.progress.add_task("layers", total=layers or None, completed=done, note="")
         self.step_bar = self.progress.add_task("", total=None, note="", visible=False)
         self.progress.start()
 

@@ -141,6 +141,14 @@ def test_means_are_of_the_same_targets():
     assert means == [("GPTQ", pytest.approx(0.3)), ("GSQ", pytest.approx(0.25))]
 
 
+def test_curves_of_two_objectives_are_apart():
+    steps = [{"stage": "mlp", "objective": name, "step": step} for name in ("hessian", "output") for step in range(2)]
+    panels = report._by_stage([*steps, {"stage": "attention", "objective": "output", "step": 0}])
+    assert {name: len(events) for name, events in panels.items()} == {
+        "mlp, hessian": 2, "mlp, output": 2, "attention": 1,
+    }  # fmt: skip
+
+
 def test_run_that_has_only_begun(tmp_path):
     text, page = page_of(save(tmp_path / "run", metrics()[:1], plan=False))
     assert page.headings == ["Config"]

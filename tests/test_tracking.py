@@ -132,6 +132,16 @@ def test_terminal_shows_bars(tmp_path):
     assert tracked._sinks == []
 
 
+def test_resumed_bars_go_on(tmp_path):
+    with tracker(tmp_path) as tracked:
+        tracked.event("plan", **PLAN)
+        play_layer(tracked, 0)
+    out = console(terminal=True)
+    with tracker(tmp_path, console=out, keep_layers={0}):
+        pass
+    assert "1/2" in out.file.getvalue()
+
+
 class FakeWandb(types.ModuleType):
     """Notes what it is given; `broken` modes do not start."""
 
