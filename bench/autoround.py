@@ -89,7 +89,7 @@ def main() -> None:
     text = args.text.read_text(encoding="utf-8")
     batches = calibration_batches(tokenizer, text, args.windows, args.length, args.batch_size)
 
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     rounder = AutoRound(
         model,
         tokenizer,
@@ -107,7 +107,7 @@ def main() -> None:
     )
     rounder.quantize()
     rounder.save_quantized(str(args.out), format="fake")
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
 
     saved = AutoModelForCausalLM.from_pretrained(args.out, dtype="auto")
     linears = block_linears(saved)
@@ -125,6 +125,7 @@ def main() -> None:
         "text": args.text.name,
         "out": str(args.out),
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
         "bits": args.bits,
         "group_size": args.group_size,
         "symmetric": True,

@@ -110,10 +110,11 @@ class Run:
 
     @property
     def model(self) -> str:
-        """The quantized model's name as the config gives it."""
+        """The quantized model's name: an id of the hub, or the last part of a path."""
         settings = yaml.safe_load(self.config) if self.config else None
         model = settings.get("model") if isinstance(settings, dict) else None
-        return str(model["name"]) if isinstance(model, dict) and model.get("name") else self.name
+        name = str(model.get("name") or self.name) if isinstance(model, dict) else self.name
+        return name if name.count("/") == 1 else Path(name).name
 
 
 def write_report(run_folder: str | Path, out_html: str | Path) -> Path:
@@ -292,7 +293,7 @@ def sizes(run: Run) -> str | None:
     rows = []
     for (role, kind), (tensors, weights, before, after) in sorted(groups.items(), key=lambda item: -item[1][3]):
         bar = f'<span class="bar" style="width: {100 * after / most:.1f}%"></span>'
-        bits = f"{8 * after / weights:.2f}" if weights else "–"
+        bits = f"{8 * after / weights:.2f}" if weights and after else "–"  # nothing is stored of a tied head
         rows.append(
             (role, kind, f"{tensors:,}", units.count(weights), bits, units.size(before), units.size(after), bar)
         )
@@ -351,7 +352,11 @@ def seconds(run: Run) -> str | None:
     axes.set_ylabel("seconds")
     _legend(axes)
     total = sum(spent[layer].get("total") or 0 for layer in layers)
-    return _section("Time by layer", f"{units.duration(total)} for {len(layers)} layers.", _svg(figure, "seconds"))
+    return _section(
+        "Time by layer",
+        f"{units.duration(total)} for {len(layers)} layer{'s' * (len(layers) > 1)}.",
+        _svg(figure, "seconds"),
+    )
 
 
 def config(run: Run) -> str | None:

@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from gsq.codebook import Codebook
 from gsq.errors import UserError
+from gsq.export import humming
 from gsq.export.base import check_plan, export_run, open_model
 from gsq.export.dequantize import dequantize
 from gsq.export.inspect import inspect
 from gsq.export.verify import verify
-from gsq.model.checkpoint import SINGLE, Checkpoint
+from gsq.model.checkpoint import INDEX, SINGLE, Checkpoint, CheckpointWriter
 
 TWO, FOUR, TERNARY = Codebook.integer(2, 32), Codebook.integer(4, 64), Codebook.ternary(64)
 LAYERS = r"^model\.(language_model\.)?layers\."
@@ -334,6 +335,26 @@ def test_verify_reads_the_config(tmp_path: Path, dense: tuple[MemoryRun, Path], 
     merged = {key: config[key] | value if isinstance(value, dict) else value for key, value in change.items()}
     (folder / "config.json").write_text(json.dumps(config | merged))
     with pytest.raises(UserError, match=message):
+        verify(folder, run)
+
+
+def test_verify_checks_the_index_and_the_files(tmp_path: Path, flagship: tuple[MemoryRun, Path]):
+    run, _ = flagship
+    writer = CheckpointWriter(tmp_path / "export", shard_bytes=100_000)
+    humming.write(run, writer)
+    folder = writer.finish()
+    assert verify(folder, run).quantized_tensors == 4 * 3 * models.EXPERTS
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps(index | {"metadata": {"total_size": 1}}))
+    with pytest.raises(UserError, match="does not say that the tensors have"):
+        verify(folder, run)
+    del index["weight_map"]["lm_head.weight"]
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"disagree on lm_head\.weight"):
+        verify(folder, run)
+    shard = next(folder.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(UserError, match="truncated"):
         verify(folder, run)
 
 

@@ -2,7 +2,8 @@
 
 A check is worth what it does not share with what it checks: files are parsed from their bytes, and
 codes are unpacked and decoded here in NumPy, by another rule than the writer's. So this module
-must not use `gsq.kernels`, the codebook's decode, or a safetensors library.
+must not use `gsq.kernels` or the codebook's decode; of `Checkpoint` it takes only the check that
+every shard is whole and inside its folder.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from gsq.codebook import QuantizedTensor
 from gsq.errors import UserError
 from gsq.export import humming
 from gsq.export.base import PlanEntry, Run, linears, walk
-from gsq.model.checkpoint import INDEX, SINGLE, read_json
+from gsq.model.checkpoint import INDEX, SINGLE, Checkpoint, read_json
 
 SHOWN = 5  # differences named in an error
 LENGTH = 8  # bytes in front of a shard's header that tell its length
@@ -67,7 +68,7 @@ class Report:
 def verify(folder: str | Path, run: Run) -> Report:
     """Compare codes, scales, decoded values and kept tensors; raises `UserError` naming the first that differ."""
     folder = Path(folder)
-    config = read_json(folder / "config.json")
+    config = Checkpoint.open(folder).config
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method not in COMPARE:
         raise UserError(f"{folder} is in format {method!r}; verify knows {', '.join(COMPARE)}")
@@ -184,11 +185,8 @@ def _open_shards(folder: Path, differences: list[str]) -> dict[str, RawTensor]:
 
 def _open_shard(path: Path) -> dict[str, RawTensor]:
     """A safetensors file: 8 bytes of header length, a JSON header with offsets, the tensors' bytes."""
-    try:
-        with open(path, "rb") as file:
-            content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); export again") from None
+    with open(path, "rb") as file:
+        content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     start = LENGTH + int(content[:LENGTH].view("<u8")[0])
     header = json.loads(content[LENGTH:start].tobytes())
     tensors = {}

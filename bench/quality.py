@@ -1,0 +1,116 @@
+"""One model, one text, several methods, one table: what each step of GSQ is worth.
+
+    python bench/quality.py configs/smollm2_cpu.yaml --calib valid.txt --text test.txt --out build/bench
+
+Every row is a whole run: quantized, exported, read back from the export, and compared with the
+original model on the same windows. `--external NAME=DIR` adds dense checkpoints of other tools.
+Runs are kept under `--out` and resumed, so the table can be completed later.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from gsq.config import load_config
+from gsq.device import activation_dtype, pick_device
+from gsq.eval.quality import FinalStates, compare, eval_tokens, final_states
+from gsq.export.base import open_model
+from gsq.model.resolve import resolve_model
+from gsq.train import train
+
+PLAIN = ["init.polish=0", "init.token_weights=false", "init.answer_original=false", "refine.enabled=false"]
+ROWS: dict[str, list[str]] = {
+    "RTN": [*PLAIN, "init.method=rtn"],
+    "GPTQ": PLAIN,
+    "GPTQ + polish": [*PLAIN, "init.polish=2"],
+    "GPTQ + polish, original's answers": ["refine.enabled=false"],
+    "GSQ hessian": ["refine.objective=hessian"],
+    "GSQ output": ["refine.objective=output"],
+    "GSQ both": ["refine.objective=both"],
+}
+
+
+def main(
+    config: Path,
+    calib: Annotated[str, typer.Option(help="calibration source")],
+    text: Annotated[Path, typer.Option(help="text to measure on")],
+    out: Annotated[Path, typer.Option(help="folder for runs and results")],
+    rows: Annotated[str, typer.Option(help="comma-separated names; default: all")] = "",
+    external: Annotated[list[str], typer.Option(help="NAME=DIR of a dense checkpoint")] = [],  # noqa: B006
+    overrides: Annotated[list[str], typer.Option("--set")] = [],  # noqa: B006
+    extra: Annotated[list[str], typer.Option(help="NAME:key=value,... a row of your own")] = [],  # noqa: B006
+    windows: int = 20,
+    length: int = 1024,
+) -> None:
+    """Run what is missing, then write table.md and table.json."""
+    chosen = {name: ROWS[name] for name in (rows.split(",") if rows else ROWS)} if rows != "none" else {}
+    for row in extra:
+        name, _, settings = row.partition(":")
+        chosen[name] = settings.split(";")
+    base_config = load_config(config, overrides)
+    source = resolve_model(base_config.model.name)
+    tokens = eval_tokens(text, AutoTokenizer.from_pretrained(source), windows, length)
+    base = measure_states(source, tokens)
+    results = []
+    for name, settings in chosen.items():
+        folder = out / "".join(c if c.isalnum() else "-" for c in name.lower())
+        full = [f"calib.source={calib}", *overrides, *settings]
+        seconds = quantize(config, full, folder)
+        results.append({"method": name, **quality(folder / "export", tokens, base), **seconds})
+        save(results, out, settings=full)
+    for name, _, folder in (item.partition("=") for item in external):
+        results.append({"method": name, **quality(Path(folder), tokens, base)})
+        save(results, out)
+
+
+def quantize(config: Path, settings: list[str], folder: Path) -> dict:
+    """Run or resume; seconds in all and per layer and phase, as the run journalled them."""
+    if not (folder / "report.html").exists():
+        train(load_config(config, settings), folder, resume=folder.exists())
+    journal = [json.loads(line)["seconds"] for line in (folder / "journal.jsonl").read_text().splitlines()]
+    phases = {phase: sum(line.get(phase, 0) for line in journal) / len(journal) for phase in journal[-1]}
+    return {"seconds": sum(line["total"] for line in journal), "seconds_per_layer": phases}
+
+
+def measure_states(folder: Path, tokens: torch.Tensor) -> FinalStates:
+    """Hidden states behind the last layer of a checkpoint."""
+    device = pick_device()
+    return final_states(open_model(folder), tokens, device, activation_dtype(device))
+
+
+def quality(folder: Path, tokens: torch.Tensor, base: FinalStates) -> dict:
+    """KL, perplexity and size of a checkpoint."""
+    result = compare(measure_states(folder, tokens), base)
+    return result | {"bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors"))}
+
+
+def save(results: list[dict], out: Path, settings: list[str] | None = None) -> None:
+    """Write and show the table so far."""
+    head = "| method | KL | perplexity | top-1 | seconds | MB |\n|---|---|---|---|---|---|\n"
+    lines = [
+        f"| {r['method']} | {r['kl']:.4f} | {r['perplexity']:.2f} | {r['top1']:.1%} | "
+        f"{r.get('seconds', float('nan')):.0f} | {r['bytes'] / 1e6:.1f} |"
+        for r in results
+    ]
+    note = (
+        f"\nbase perplexity {results[0]['base_perplexity']:.2f}; {results[0]['windows']} windows of "
+        f"{results[0]['length']} tokens; torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{platform.machine()}; {time.strftime('%Y-%m-%d')}\n"
+    )
+    table = head + "\n".join(lines) + "\n" + note
+    (out / "table.md").write_text(table)
+    (out / "table.json").write_text(json.dumps(results, indent=1) + "\n")
+    Console().print(table, highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
