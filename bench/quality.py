@@ -1,6 +1,6 @@
 """One model, one text, several methods, one table: what each step of GSQ is worth.
 
-    python bench/quality.py configs/smollm2_cpu.yaml --calib valid.txt --text test.txt --out build/bench
+    python bench/quality.py configs/smollm2_cpu.yaml --text test.txt --out runs/bench --set calib.source=valid.txt
 
 Every row is a whole run: quantized, exported, read back from the export, and compared with the
 original model on the same windows. `--external NAME=DIR` adds dense checkpoints of other tools.
@@ -20,10 +20,12 @@ import typer
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from gsq.config import load_config
+from gsq.calib.tokens import calibration_tokens
+from gsq.config import Config, load_config
 from gsq.device import activation_dtype, pick_device
 from gsq.eval.quality import FinalStates, compare, eval_tokens, final_states
 from gsq.export.base import open_model
+from gsq.files import save_tensors
 from gsq.model.resolve import resolve_model
 from gsq.train import train
 
@@ -31,20 +33,20 @@ PLAIN = ["init.polish=0", "init.token_weights=false", "init.answer_original=fals
 ROWS: dict[str, list[str]] = {
     "RTN": [*PLAIN, "init.method=rtn"],
     "GPTQ": PLAIN,
-    "GPTQ + polish": [*PLAIN, "init.polish=2"],
-    "GPTQ + polish, original's answers": ["refine.enabled=false"],
+    "GPTQ + polish": [*PLAIN[1:], "init.polish=2"],
+    "corrected GPTQ + polish": ["refine.enabled=false"],
     "GSQ hessian": ["refine.objective=hessian"],
     "GSQ output": ["refine.objective=output"],
     "GSQ both": ["refine.objective=both"],
+    "GSQ": [],  # as the config says
 }
 
 
 def main(
     config: Path,
-    calib: Annotated[str, typer.Option(help="calibration source")],
     text: Annotated[Path, typer.Option(help="text to measure on")],
     out: Annotated[Path, typer.Option(help="folder for runs and results")],
-    rows: Annotated[str, typer.Option(help="comma-separated names; default: all")] = "",
+    rows: Annotated[str, typer.Option(help="comma-separated names; default: all but the last, `GSQ`")] = "",
     external: Annotated[list[str], typer.Option(help="NAME=DIR of a dense checkpoint")] = [],  # noqa: B006
     overrides: Annotated[list[str], typer.Option("--set")] = [],  # noqa: B006
     extra: Annotated[list[str], typer.Option(help="NAME:key=value,... a row of your own")] = [],  # noqa: B006
@@ -52,7 +54,8 @@ def main(
     length: int = 1024,
 ) -> None:
     """Run what is missing, then write table.md and table.json."""
-    chosen = {name: ROWS[name] for name in (rows.split(",") if rows else ROWS)} if rows != "none" else {}
+    names = [] if rows == "none" else rows.split(",") if rows else list(ROWS)[:-1]
+    chosen = {name: ROWS[name] for name in names}
     for row in extra:
         name, _, settings = row.partition(":")
         chosen[name] = settings.split(";")
@@ -60,16 +63,28 @@ def main(
     source = resolve_model(base_config.model.name)
     tokens = eval_tokens(text, AutoTokenizer.from_pretrained(source), windows, length)
     base = measure_states(source, tokens)
-    results = []
+    calibration = sample_once(base_config, source, out / "tokens.safetensors")
+    results = [{"method": "original", **quality_of_base(base), "bytes": stored_bytes(source)}]
     for name, settings in chosen.items():
         folder = out / "".join(c if c.isalnum() else "-" for c in name.lower())
-        full = [f"calib.source={calib}", *overrides, *settings]
-        seconds = quantize(config, full, folder)
+        seconds = quantize(config, [*overrides, *settings, f"calib.source={calibration}"], folder)
         results.append({"method": name, **quality(folder / "export", tokens, base), **seconds})
-        save(results, out, settings=full)
+        save(results, out)
     for name, _, folder in (item.partition("=") for item in external):
         results.append({"method": name, **quality(Path(folder), tokens, base)})
         save(results, out)
+
+
+def sample_once(config: Config, source: Path, file: Path) -> Path:
+    """The calibration tokens of all rows, made by the first."""
+    if not file.exists():
+        calib = config.calib
+        tokens = calibration_tokens(
+            calib.source, source, calib.windows, calib.length, config.seed, pick_device()
+        )  # fmt: skip
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors({"tokens": tokens.contiguous()}, file)
+    return file
 
 
 def quantize(config: Path, settings: list[str], folder: Path) -> dict:
@@ -90,15 +105,25 @@ def measure_states(folder: Path, tokens: torch.Tensor) -> FinalStates:
 def quality(folder: Path, tokens: torch.Tensor, base: FinalStates) -> dict:
     """KL, perplexity and size of a checkpoint."""
     result = compare(measure_states(folder, tokens), base)
-    return result | {"bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors"))}
+    return result | {"bytes": stored_bytes(folder)}
 
 
-def save(results: list[dict], out: Path, settings: list[str] | None = None) -> None:
+def quality_of_base(base: FinalStates) -> dict:
+    """The original model compared with itself."""
+    return compare(base, base)
+
+
+def stored_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's tensors."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def save(results: list[dict], out: Path) -> None:
     """Write and show the table so far."""
     head = "| method | KL | perplexity | top-1 | seconds | MB |\n|---|---|---|---|---|---|\n"
     lines = [
         f"| {r['method']} | {r['kl']:.4f} | {r['perplexity']:.2f} | {r['top1']:.1%} | "
-        f"{r.get('seconds', float('nan')):.0f} | {r['bytes'] / 1e6:.1f} |"
+        f"{format(r['seconds'], '.0f') if 'seconds' in r else '–'} | {r['bytes'] / 1e6:.1f} |"
         for r in results
     ]
     note = (

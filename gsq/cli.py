@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from gsq import units
 from gsq.errors import UserError
+
+if TYPE_CHECKING:  # commands import what they need, so that `gsq --help` is quick
+    from gsq.plan.rules import Plan, PlanEntry
+    from gsq.run import Run
 
 app = typer.Typer(
     add_completion=False,
@@ -19,7 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Quantize Hugging Face models to 2 to 4 bits by Gumbel-Softmax refinement.",
 )
-console = Console()
+# Patterns and paths hold brackets, which are no markup; a file or pipe gets whole tensor names.
+console = Console(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML recipe; see configs/")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="change one setting")]
@@ -38,15 +47,14 @@ def quantize(
     from gsq.config import load_config
     from gsq.train import train
 
-    run = train(load_config(config, overrides), out, resume)
-    console.print(f"finished {run.folder}")
+    show_outcome(train(load_config(config, overrides), out, resume, started=show_start))
 
 
 @app.command()
 def plan(
     config: ConfigFile,
     overrides: Overrides = [],  # noqa: B006
-    tensors: Annotated[bool, typer.Option(help="one line per tensor")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="one line per tensor")] = False,
 ) -> None:
     """Show what a recipe does to each tensor, with bits per weight and bytes. Reads no weights."""
     from gsq.config import load_config
@@ -54,13 +62,7 @@ def plan(
     from gsq.train import prepare
 
     _, found = prepare(load_config(config, overrides), pick_device())
-    console.print(plan_table(found, tensors))
-    summary = found.summary()
-    console.print(
-        f"{summary['targets']} tensors quantized at {summary['bits_per_quantized_weight']:.3f} bits per weight; "
-        f"whole model {summary['bits_per_weight']:.3f} bits per weight, "
-        f"{_size(summary['bytes_before'])} -> {_size(summary['bytes_after'])}"
-    )
+    show_plan(found, tensors)
 
 
 @app.command()
@@ -73,25 +75,24 @@ def export(
     from gsq.export.base import export_run
     from gsq.run import Run
 
-    folder = export_run(Run.open(run), format, out)
-    console.print(f"wrote {folder}")
+    show_written(export_run(Run.open(run).completed(), format, out))
 
 
 @app.command()
 def dequantize(folder: ModelFolder, out: Annotated[Path, typer.Option(help="folder to write; must not exist")]) -> None:
     """Write the dense bfloat16 checkpoint that an export stands for."""
-    from gsq.export.base import dequantize as decode
+    from gsq.export.dequantize import dequantize
 
-    console.print(f"wrote {decode(folder, out)}")
+    show_written(dequantize(folder, out))
 
 
 @app.command()
 def verify(folder: ModelFolder, run: Annotated[Path, typer.Option(help="run it was exported from")]) -> None:
     """Read an export back with an independent decoder and compare it with its run, bit for bit."""
-    from gsq.export.verify import verify as check
+    from gsq.export.verify import verify
     from gsq.run import Run
 
-    console.print(str(check(folder, Run.open(run))))
+    console.print(str(verify(folder, Run.open(run).completed())))
 
 
 @app.command("eval")
@@ -101,25 +102,20 @@ def evaluate(
     base: Annotated[str | None, typer.Option(help="original model, to measure divergence from")] = None,
     windows: Annotated[int, typer.Option(min=1)] = 20,
     length: Annotated[int, typer.Option(min=2, help="tokens per window")] = 1024,
-    json_out: Annotated[Path | None, typer.Option("--json", help="also write the result here")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="also write the result here")] = None,
 ) -> None:
     """Perplexity of a model on a text; with --base also KL divergence (nats) and top-1 agreement."""
-    from transformers import AutoTokenizer
-
     from gsq.device import activation_dtype, pick_device
-    from gsq.eval.quality import eval_tokens
-    from gsq.eval.quality import evaluate as measure
+    from gsq.eval.quality import eval_tokens, evaluate
     from gsq.export.base import open_model
-    from gsq.model.resolve import resolve_model
+    from gsq.model.resolve import load_tokenizer, resolve_model
 
     path = resolve_model(str(folder))
-    tokens = eval_tokens(text, AutoTokenizer.from_pretrained(path), windows, length)
+    tokens = eval_tokens(text, load_tokenizer(path), windows, length)
     device = pick_device()
     reference = open_model(resolve_model(base)) if base else None
-    result = measure(open_model(path), reference, tokens, device, activation_dtype(device))
-    table = Table(*result)
-    table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in result.values()))
-    console.print(table)
+    result = evaluate(open_model(path), reference, tokens, device, activation_dtype(device))
+    show_table([{name: units.number(v) if isinstance(v, float) else str(v) for name, v in result.items()}])
     if json_out:
         json_out.write_text(json.dumps(result, indent=2) + "\n")
 
@@ -127,21 +123,24 @@ def evaluate(
 @app.command()
 def inspect(folder: ModelFolder) -> None:
     """What a checkpoint holds: kinds of tensors, bits per weight, bytes."""
-    from gsq.export.inspect import inspect as rows_of
-    from gsq.export.inspect import total
+    from gsq.export.inspect import inspect
 
-    rows = rows_of(folder)
-    table = Table("kind", "stored as", "tensors", "weights", "bits per weight", "size")
-    for row in [*rows, total(rows)]:
-        weights = f"{row.weights / 1e6:.2f} M"
-        bits = f"{row.bits_per_weight:.3f}"
-        table.add_row(row.kind, row.stored_as, str(row.tensors), weights, bits, _size(row.nbytes))
-    console.print(table)
+    show_table(
+        {
+            "kind": row["kind"],
+            "stored as": row["stored as"],
+            "tensors": str(row["tensors"]),
+            "weights": units.count(row["weights"]),
+            "bits per weight": f"{row['bits per weight']:.3f}",
+            "size": units.size(row["bytes"]),
+        }
+        for row in inspect(folder)
+    )
 
 
 @app.command()
 def report(
-    run: RunFolder, out: Annotated[Path | None, typer.Option(help="HTML file; default: in the run")] = None
+    run: RunFolder, out: Annotated[Path | None, typer.Option(help="HTML file; default: report.html in the run")] = None
 ) -> None:
     """Write one self-contained HTML page about a run."""
     from gsq.report import write_report
@@ -149,40 +148,99 @@ def report(
     console.print(f"wrote {write_report(run, out or run / 'report.html')}")
 
 
-def plan_table(found, tensors: bool) -> Table:
-    """The plan by role and rule, or tensor by tensor."""
-    if tensors:
-        table = Table("tensor", "shape", "bits", "group", "rule")
-        for e in found.entries.values():
-            book = e.codebook
-            table.add_row(e.name, str(list(e.shape)), *_bits(book), e.rule)
-        return table
-    table = Table("role", "rule", "bits", "group", "tensors", "weights", "before", "after")
-    kinds: dict[tuple, list] = {}
-    for e in found.entries.values():
-        kinds.setdefault((e.role, e.rule, *_bits(e.codebook)), []).append(e)
-    for (role, rule, bits, group), entries in kinds.items():
-        weights, before = sum(e.numel for e in entries), sum(e.bytes_before for e in entries)
-        after = sum(e.bytes_after for e in entries)
-        table.add_row(role, rule, bits, group, str(len(entries)), f"{weights / 1e6:.2f} M", _size(before), _size(after))
-    return table
+def show_start(run: Run) -> None:
+    """What a run is about to do."""
+    show_plan(run.plan)
+    finished = len(run.finished())
+    if finished:
+        console.print(f"continuing {run.folder} behind {finished} finished layers")
 
 
-def _bits(codebook) -> tuple[str, str]:
-    return ("keep", "") if codebook is None else (str(codebook.bits), str(codebook.group_size))
+def show_outcome(run: Run) -> None:
+    """What a run has left behind, and what to do with it. Its tracker has told the measurements."""
+    from gsq.train import export_folder
+
+    console.print(f"report: {run.folder / 'report.html'}")
+    if run.config.export.format is None:
+        console.print(f"pack it: gsq export {run.folder} --out DIR")
+        return
+    folder = export_folder(run.folder, run.config)
+    show_written(folder)
+    console.print(f"serve it: vllm serve {folder}")
 
 
-def _size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+def show_written(folder: Path) -> None:
+    """A checkpoint that was written, and its size."""
+    from gsq.export.inspect import inspect
+
+    total = inspect(folder)[-1]
+    console.print(f"wrote {folder} · {units.size(total['bytes'])} · {total['bits per weight']:.2f} bits per weight")
+
+
+def show_plan(found: Plan, tensors: bool = False) -> None:
+    """A plan by role and rule, or tensor by tensor, and its totals."""
+    show_table(map(_tensor_row, found.entries.values()) if tensors else _kind_rows(found))
+    total = found.summary()
+    console.print(
+        f"{total['targets']} tensors quantized at {total['bits_per_quantized_weight']:.2f} bits per weight · "
+        f"whole model {total['bits_per_weight']:.2f} bits · "
+        f"{units.size(total['bytes_before'])} → {units.size(total['bytes_after'])}"
+    )
+
+
+def show_table(rows: Iterable[dict[str, str]]) -> None:
+    """Rows with the same keys, which are the head."""
+    rows = list(rows)
+    table = Table(*rows[0], box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table)
+
+
+def _tensor_row(entry: PlanEntry) -> dict[str, str]:
+    return {"tensor": entry.name, "shape": str(list(entry.shape)), **_storage(entry), "rule": entry.rule}
+
+
+def _kind_rows(found: Plan) -> Iterable[dict[str, str]]:
+    """One row for entries of the same role, rule and storage."""
+    kinds: dict[tuple, list[PlanEntry]] = {}
+    for entry in found.entries.values():
+        kinds.setdefault((entry.role, entry.rule, *_storage(entry).items()), []).append(entry)
+    for entries in kinds.values():
+        yield {
+            "role": entries[0].role,
+            **_storage(entries[0]),
+            "tensors": str(len(entries)),
+            "weights": units.count(sum(entry.numel for entry in entries)),
+            "before": units.size(sum(entry.bytes_before for entry in entries)),
+            "after": units.size(sum(entry.bytes_after for entry in entries)),
+            "rule": entries[0].rule,
+        }
+
+
+def _storage(entry: PlanEntry) -> dict[str, str]:
+    book = entry.codebook
+    bits, group = ("keep", "") if book is None else (str(book.bits), str(book.group_size))
+    return {"bits": bits, "group": group}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command; a mistake of the user's ends with one message and exit code 2."""
+    """Run the command; a mistake of the user's, or of the disk, ends with one message and exit code 2."""
     try:
         app(arguments, standalone_mode=True)
     except UserError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _fail(str(error))
+    except OSError as error:
+        from gsq.files import REMEDY
+
+        _fail(f"{error}; {REMEDY}" if error.errno == errno.ENOSPC else str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    stderr = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    stderr.print("error: ", style="bold red", end="")
+    stderr.print(message)
+    sys.exit(2)
 
 
 def quantize_program() -> None:

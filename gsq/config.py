@@ -7,6 +7,7 @@ resumed; any other change would make its finished layers wrong, and is refused b
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,7 +36,7 @@ class Model(Section):
 class Calib(Section):
     """The text that activations are taken from."""
 
-    source: str = Field("self", description="hub dataset, file or glob of text or JSONL, or `self`")
+    source: str = Field("self", description="hub dataset, file or glob of text or JSONL, tokens of another run, or `self`")
     windows: Positive = 128
     length: Positive = 512
     validation: Positive = Field(16, description="windows, of `windows`, held out to judge hard results")
@@ -53,6 +54,10 @@ class Rule(Section):
 
     def model_post_init(self, context: Any) -> None:
         """A rule says exactly one thing."""
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise ValueError(f"{self.match!r} is no regular expression: {error}") from None
         if self.keep + self.ternary + (self.bits is not None) != 1:
             raise ValueError("a rule needs exactly one of: keep: true, bits: N, ternary: true")
 
@@ -69,7 +74,7 @@ class Init(Section):
     method: Literal["gptq", "rtn"] = "gptq"
     damping: float = Field(0.02, gt=0, description="added to the Hessian, as a fraction of its mean diagonal")
     polish: int = Field(2, ge=0, description="rounds of coordinate descent and least-squares scales; 0 for none")
-    token_weights: bool = Field(True, description="weigh tokens by the inverse size of the residual stream")
+    token_weights: bool = Field(False, description="weigh tokens by the inverse size of the residual stream")
     answer_original: bool = Field(True, description="aim at the original model's outputs, not only the layer's")
     expert_prior: float = Field(64.0, ge=0, description="tokens at which an expert's own Hessian weighs as the mean's")
 
@@ -86,7 +91,7 @@ class Refine(Section):
     stage: Literal["layer", "module"] = Field(
         "layer", description="refine a layer's targets together or module by module"
     )
-    steps: Positive = 32
+    steps: Positive = 64
     windows: Positive = Field(8, description="calibration windows per step")
     lr: float = Field(0.001, gt=0, description="of logits")
     scale_lr: float = Field(0.004, ge=0, description="of scales, relative to their size")
@@ -97,7 +102,7 @@ class Refine(Section):
     gap: float = Field(
         0.06, gt=0, description="starting logit of a level one scale away from the wanted weight, negated"
     )
-    noise: bool = True
+    noise: float = Field(0.0, ge=0, description="amplitude of the Gumbel noise; 1 is the textbook's")
     checks: Positive = Field(4, description="times that the hard result is judged during a stage")
 
 
@@ -164,8 +169,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     path = Path(path)
     try:
         content = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"config file {path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"cannot read config file {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
@@ -187,14 +192,17 @@ def parse_config(content: dict, origin: str = "config") -> Config:
 
 def _override(content: dict, override: str) -> None:
     key, separator, value = override.partition("=")
-    if not separator:
-        raise UserError(f"--set takes section.key=value, got {override!r}")
     *sections, leaf = key.strip().split(".")
+    if not separator or not leaf:
+        raise UserError(f"--set takes section.key=value, got {override!r}")
     for section in sections:
         content = content.setdefault(section, {})
         if not isinstance(content, dict):
             raise UserError(f"--set {override}: {section} is no section")
-    content[leaf] = yaml.safe_load(value)
+    try:
+        content[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: {value!r} is not valid YAML; quote it") from None
 
 
 def _explain(detail: Any) -> str:
@@ -226,4 +234,4 @@ def _fixed(section: Section, prefix: str):
         if isinstance(value, Section):
             yield from _fixed(value, f"{prefix}{name}.")
         elif not (info.json_schema_extra or {}).get("free"):
-            yield prefix + name, value.model_dump() if isinstance(value, Section) else value
+            yield prefix + name, value

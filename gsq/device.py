@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 
@@ -19,6 +20,21 @@ def activation_dtype(device: torch.device, wanted: str = "auto") -> torch.dtype:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
     native = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse the memory of freed tensors rather than give it back to the system at once.
+
+    A walk on a CPU allocates the same megabytes again and again; asking the kernel for them each time
+    costs a third of the time. Does nothing where the C library is another.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    trim_threshold, mmap_max = -1, -4  # from malloc.h
+    if mallopt:
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_max, 0)
 
 
 def peak_memory(device: torch.device) -> tuple[float, float]:

@@ -121,12 +121,10 @@ class LayerWork:
         return groups
 
     def _stages(self, groups: list[list[str]]) -> list[list[str]]:
-        """All targets of the layer, or those of each of its direct children."""
-        if self.recipe.whole_layer:
-            return [[name for group in groups for name in group]]
+        """All targets of the layer, or those of each of its direct children; none of a layer that is kept."""
         stages: dict[str, list[str]] = {}
         for name in (name for group in groups for name in group):
-            stages.setdefault(name.split(".")[0], []).append(name)
+            stages.setdefault("" if self.recipe.whole_layer else name.split(".")[0], []).append(name)
         return list(stages.values())
 
     def _record(self, module_path: str) -> tuple[Calls, Tensor]:

@@ -22,12 +22,13 @@ from pathlib import Path
 
 import yaml
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from gsq.codebook import QuantizedTensor
 from gsq.config import Config, parse_config
 from gsq.errors import UserError
+from gsq.files import explained, save_tensors, sync, write_whole
 from gsq.kernels.packing import pack_dense, unpack_dense
 from gsq.model.checkpoint import Checkpoint, read_json
 from gsq.plan.rules import Plan
@@ -35,6 +36,7 @@ from gsq.plan.rules import Plan
 CONFIG, PLAN, SOURCE, TOKENS, JOURNAL, LAYERS = (
     "config.yaml", "plan.json", "source.json", "tokens.safetensors", "journal.jsonl", "layers",
 )  # fmt: skip
+SAMPLE = 1 << 20  # bytes of a source file that its fingerprint looks at
 
 
 class Run:
@@ -44,20 +46,28 @@ class Run:
         self.folder, self.config, self.plan = folder, config, plan
 
     @classmethod
-    def create(cls, folder: Path, config: Config, plan: Plan, source: Checkpoint) -> Run:
-        """Start a run in a folder that does not exist yet."""
-        if folder.exists():
-            raise UserError(
-                f"run folder {folder} exists already; continue it with --resume, or choose another with --out"
-            )
+    def create(cls, folder: Path, config: Config, plan: Plan, source: Checkpoint, tokens: Tensor) -> Run:
+        """Start a run in a folder that does not exist yet, with calibration tokens `[windows, length]`."""
+        cls.refuse_existing(folder)
         partial = folder.with_name(folder.name + ".partial")
         (partial / LAYERS).mkdir(parents=True, exist_ok=True)
+        save_tensors({"tokens": tokens.contiguous()}, partial / TOKENS)
         (partial / CONFIG).write_text(config.to_yaml())
         (partial / PLAN).write_text(plan.to_json())
         (partial / SOURCE).write_text(json.dumps({"folder": str(source.folder), "fingerprint": fingerprint(source)}))
         (partial / JOURNAL).touch()
+        for name in (CONFIG, PLAN, SOURCE, TOKENS):
+            sync(partial / name)
         partial.rename(folder)
         return cls(folder, config, plan)
+
+    @staticmethod
+    def refuse_existing(folder: Path) -> None:
+        """Raise `UserError` if a new run cannot have this folder."""
+        if folder.exists():
+            raise UserError(
+                f"run folder {folder} exists already; continue it with --resume, or choose another with --out"
+            )
 
     @classmethod
     def open(cls, folder: str | Path) -> Run:
@@ -101,6 +111,22 @@ class Run:
             lines.append(line)
         return lines
 
+    def completed(self) -> Run:
+        """This run, if every layer is there and whole; else raises `UserError`."""
+        finished = len(self.finished())
+        if any(entry.layer >= finished for entry in self.plan.targets()):
+            raise UserError(
+                f"layer {finished} of {self.folder} is not finished, or its file is damaged; "
+                "continue the run with --resume"
+            )
+        return self
+
+    def bytes_from(self, layer: int) -> int:
+        """Bytes on disk that the layers from this one on will take, and the export, if it goes into this folder."""
+        layers = sum(entry.bytes_after for entry in self.plan.targets() if entry.layer >= layer)
+        inside = self.config.export.format and not self.config.export.out
+        return layers + (self.plan.summary()["bytes_after"] if inside else 0)
+
     def save_layer(self, layer: int, quantized: dict[str, QuantizedTensor], **facts: object) -> None:
         """Write a finished layer, then its journal line."""
         tensors: dict[str, Tensor] = {}
@@ -108,9 +134,10 @@ class Run:
             tensors[name + ".codes"] = pack_dense(q.codes, q.codebook.bits).cpu()
             tensors[name + ".scales"] = q.scales.cpu().contiguous()
         path = self._layer_file(layer)
-        _write(path, lambda partial: save_file(tensors, partial))
+        write_whole(path, lambda partial: save_tensors(tensors, partial), self.bytes_from(layer))
         line = {"layer": layer, "sha256": _checksum(path), "targets": list(quantized), **facts}
-        with open(self.folder / JOURNAL, "a") as journal:
+        journal_file = self.folder / JOURNAL
+        with explained(journal_file, self.bytes_from(layer)), open(journal_file, "a") as journal:
             journal.write(json.dumps(line) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
@@ -129,14 +156,9 @@ class Run:
         """All targets of a finished layer."""
         return {entry.name: self.load(entry.name) for entry in self.plan.targets(layer)}
 
-    def tokens(self) -> Tensor | None:
-        """Calibration tokens `[windows, length]`, if they were saved."""
-        path = self.folder / TOKENS
-        return load_file(path)["tokens"] if path.exists() else None
-
-    def save_tokens(self, tokens: Tensor) -> None:
-        """Keep the calibration tokens."""
-        _write(self.folder / TOKENS, lambda partial: save_file({"tokens": tokens.contiguous()}, partial))
+    def tokens(self) -> Tensor:
+        """Calibration tokens `[windows, length]`."""
+        return load_file(self.folder / TOKENS)["tokens"]
 
     def _layer_file(self, layer: int) -> Path:
         return self.folder / LAYERS / f"{layer:05d}.safetensors"
@@ -144,14 +166,19 @@ class Run:
     def _cut_journal(self) -> None:
         """Forget lines behind the last finished layer, so that new ones follow it."""
         text = "".join(json.dumps(line) + "\n" for line in self.finished())
-        _write(self.folder / JOURNAL, lambda partial: partial.write_text(text))
+        write_whole(self.folder / JOURNAL, lambda partial: partial.write_text(text), len(text))
 
 
 def fingerprint(source: Checkpoint) -> str:
-    """Hash of what a checkpoint's headers say, with the sizes of its files."""
+    """Hash of what a checkpoint's headers say, with the size and the last megabyte of each file."""
     digest = hashlib.sha256()
     for name, info in sorted(source.tensors.items()):
-        digest.update(f"{name} {info.dtype} {info.shape} {info.file.name} {info.file.stat().st_size}\n".encode())
+        digest.update(f"{name} {info.dtype} {info.shape} {info.file.name}\n".encode())
+    for path in sorted({info.file for info in source.tensors.values()}):
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - SAMPLE))
+            digest.update(f"{size}\n".encode() + file.read())
     digest.update(json.dumps(source.config, sort_keys=True).encode())
     return digest.hexdigest()
 
@@ -159,18 +186,3 @@ def fingerprint(source: Checkpoint) -> str:
 def _checksum(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(path: Path, write) -> None:
-    """Write to a temporary name, flush to disk, rename; a full disk is the user's to mend."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        write(partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        partial.rename(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free some space and continue with --resume"
-        ) from None

@@ -208,20 +208,24 @@ class _Console:
         self.layers, self.done = layers, done
         self.stages: list[dict] = []  # of the current layer
         self.seconds: list[float] = []  # of the layers done in this session
+        self.coverage: list[int] = []  # tokens by expert of the current layer
 
     def line(self, kind: str, fields: dict) -> str | None:
         """Text for an event, or None."""
-        formats = {"plan": _plan_line, "layer": self._layer_line, "eval": _eval_line, "done": _done_line}
+        formats = {"layer": self._layer_line, "eval": _eval_line, "done": _done_line}
         if kind == "plan":
             self.layers = fields.get("layers", 0)
         elif kind == "stage":
             self.stages.append(fields)
+        elif kind == "coverage":
+            self.coverage = fields["tokens"]
         elif kind == "layer":
             self.layers, self.done = fields.get("layers", self.layers), fields["layer"] + 1
             self.seconds.append(fields.get("seconds", {}).get("total", 0))
         text = formats[kind](fields) if kind in formats else None
         if kind == "layer":
             self.stages.clear()
+            self.coverage = []
         return text
 
     @property
@@ -235,6 +239,8 @@ class _Console:
         for stage in self.stages:
             change = f"{units.number(stage.get('error_init'))} → {units.number(stage.get('error_final'))}"
             parts.append(f"{stage['stage']} {change}" + ("" if stage.get("accepted", True) else " (kept init)"))
+        if 0 in self.coverage:
+            parts.append(f"{self.coverage.count(0)} of {len(self.coverage)} experts saw no token")
         if fields.get("output_error") is not None:
             parts.append(f"output error {units.number(fields['output_error'])}")
         parts.append(units.duration(self.seconds[-1]))
@@ -300,11 +306,6 @@ class _Live(_Console):
 
     def close(self, failed: bool) -> None:
         self.progress.stop()
-
-
-def _plan_line(fields: dict) -> str:
-    sizes = f"{units.size(fields['bytes_before'])} → {units.size(fields['bytes_after'])}"
-    return f"{fields['targets']} targets in {fields['layers']} layers · {fields['bits_per_weight']:.2f} bits · {sizes}"
 
 
 def _eval_line(fields: dict) -> str:

@@ -26,18 +26,18 @@ from dataclasses import fields
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from gsq.calib.stream import Stream
 from gsq.calib.tokens import calibration_tokens
 from gsq.config import Config
-from gsq.device import activation_dtype, peak_memory, pick_device
+from gsq.device import activation_dtype, keep_freed_memory, peak_memory, pick_device
 from gsq.errors import UserError
 from gsq.eval.quality import eval_tokens, evaluate
 from gsq.export.base import check_plan, export_run, open_model
 from gsq.export.verify import verify
+from gsq.files import check_space
 from gsq.model.checkpoint import Checkpoint
-from gsq.model.resolve import resolve_model
+from gsq.model.resolve import load_tokenizer, resolve_model
 from gsq.model.skeleton import Skeleton
 from gsq.plan.rules import Plan, make_plan
 from gsq.quantize import LayerWork, Recipe, quantized_layer
@@ -47,17 +47,24 @@ from gsq.run import Run
 from gsq.tracking import Tracker
 
 
-def train(config: Config, folder: Path | None = None, resume: bool = False) -> Run:
-    """Quantize as `config` says, into run folder `folder` (default: the config's); returns the finished run."""
+def train(
+    config: Config, folder: Path | None = None, resume: bool = False, started: Callable[[Run], None] = lambda run: None
+) -> Run:
+    """Quantize as `config` says, into run folder `folder` (default: the config's); returns the finished run.
+
+    `started` is told of the run when all that can be checked was checked.
+    """
     folder = folder or Path(config.run or "runs/gsq")
-    device = pick_device()
-    skeleton, plan = prepare(config, device)
-    source = skeleton.checkpoint
-    resume = resume and folder.exists()
-    if not resume and config.export.format and (target := export_folder(folder, config)).exists():
-        raise UserError(f"export folder {target} exists already; set export.out to another, or remove it")
-    run = Run.resume(folder, config, source) if resume else Run.create(folder, config, plan, source)
+    keep_freed_memory()
+    skeleton, plan = prepare(config, pick_device())
+    eval_windows(config, skeleton.checkpoint.folder)
+    if resume and folder.exists():
+        run = Run.resume(folder, config, skeleton.checkpoint)
+    else:
+        run = start(folder, config, skeleton, plan)
     finished = run.finished()
+    check_space(folder, run.bytes_from(len(finished)))
+    started(run)
     with tracker_for(run) as tracker:
         if not finished:
             tracker.event("plan", layers=skeleton.num_layers, **plan.summary())
@@ -67,23 +74,40 @@ def train(config: Config, folder: Path | None = None, resume: bool = False) -> R
     return run
 
 
+def start(folder: Path, config: Config, skeleton: Skeleton, plan: Plan) -> Run:
+    """A new run, with its calibration tokens, once nothing is in its way."""
+    Run.refuse_existing(folder)
+    if config.export.format and (target := export_folder(folder, config)).exists():
+        raise UserError(f"export folder {target} exists already; set export.out to another, or remove it")
+    calib, source = config.calib, skeleton.checkpoint
+    tokens = calibration_tokens(
+        calib.source, source.folder, calib.windows, calib.length, config.seed, skeleton.device
+    )  # fmt: skip
+    return Run.create(folder, config, plan, source, tokens)
+
+
 def finish(run: Run, event: Callable[..., None]) -> None:
     """Export, verify and measure a run whose layers are done, as far as its configuration asks."""
     config = run.config
-    if config.export.format is None:
-        return
-    folder = export_folder(run.folder, config)
-    if not folder.exists():
-        export_run(run, config.export.format, folder)
-    checked = verify(folder, run)
-    if config.eval.text:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokens = eval_tokens(config.eval.text, tokenizer, config.eval.windows, config.eval.length)
-        device = pick_device()
-        dtype = activation_dtype(device, config.dtype)
-        event("eval", label="GSQ", **evaluate(open_model(folder), run.source, tokens, device, dtype))
-    event("done", bytes=checked.quantized_bytes + checked.kept_bytes)
+    if config.export.format:
+        folder = export_folder(run.folder, config)
+        if not folder.exists():
+            export_run(run, config.export.format, folder)
+        checked = verify(folder, run)
+        tokens = eval_windows(config, folder)
+        if tokens is not None:
+            device = pick_device()
+            dtype = activation_dtype(device, config.dtype)
+            event("eval", label="GSQ", **evaluate(open_model(folder), run.source, tokens, device, dtype))
+        event("done", bytes=checked.quantized_bytes + checked.kept_bytes)
     write_report(run.folder, run.folder / "report.html")
+
+
+def eval_windows(config: Config, folder: Path) -> Tensor | None:
+    """Windows of the text to measure on, with the tokenizer in `folder`; None if there is nothing to measure."""
+    if not (config.export.format and config.eval.text):
+        return None
+    return eval_tokens(config.eval.text, load_tokenizer(folder), config.eval.windows, config.eval.length)
 
 
 def export_folder(folder: Path, config: Config) -> Path:
@@ -117,8 +141,7 @@ def walk(run: Run, skeleton: Skeleton, event: Callable[..., None]) -> None:
     """Quantize the layers that are not finished yet, in order."""
     config, plan = run.config, run.plan
     recipe = make_recipe(config)
-    tokens = _tokens(run, skeleton)
-    stream = Stream(skeleton, tokens, config.calib.batch)
+    stream = Stream(skeleton, run.tokens(), config.calib.batch)
     originals = stream.copy() if recipe.needs_original else None
     finished = len(run.finished())
     for index in range(skeleton.num_layers):
@@ -160,16 +183,6 @@ def make_recipe(config: Config) -> Recipe:
         whole_layer=refine.stage == "layer", schedule=schedule, windows_per_step=refine.windows,
         held_out=config.calib.validation, seed=config.seed,
     )  # fmt: skip
-
-
-def _tokens(run: Run, skeleton: Skeleton) -> Tensor:
-    """The run's calibration tokens, made at its start."""
-    tokens, calib = run.tokens(), run.config.calib
-    if tokens is None:
-        folder = skeleton.checkpoint.folder
-        tokens = calibration_tokens(calib.source, folder, calib.windows, calib.length, run.config.seed, skeleton.device)
-        run.save_tokens(tokens)
-    return tokens
 
 
 def _distance(stream: Stream, originals: Stream | None) -> float | None:

@@ -66,6 +66,10 @@ def test_shards_are_named_and_indexed(sharded: Path):
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in TENSORS.values())
 
 
+def test_files_may_be_read_by_whom_the_umask_allows(sharded: Path):
+    assert len({path.stat().st_mode for path in sharded.iterdir()}) == 1
+
+
 def test_part_of_a_tensor(sharded: Path):
     assert torch.equal(Checkpoint.open(sharded).read("a", part=1), TENSORS["a"][1])
 

@@ -113,11 +113,12 @@ def test_log_is_one_line_per_layer(tmp_path):
     with tracker(tmp_path, console=out) as tracked:
         play(tracked)
     lines = out.file.getvalue().splitlines()
-    assert lines[0] == "14 targets in 2 layers · 2.25 bits · 2.00 GB → 400.00 MB"
-    assert lines[1] == "layer 1/2 · mlp 0.5 → 0.4 · output error 0.01 · 7.0 s · RAM 1.5 GB · 7.0 s left"
-    assert lines[3] == "export: perplexity 20 (base 17) · KL 0.2 · top-1 80.0%"
-    assert lines[4] == "done in 14 s · 400.00 MB"
-    assert len(lines) == 5
+    assert lines[0] == (
+        "layer 1/2 · mlp 0.5 → 0.4 · 1 of 3 experts saw no token · output error 0.01 · 7.0 s · RAM 1.5 GB · 7.0 s left"
+    )
+    assert lines[2] == "export: perplexity 20 (base 17) · KL 0.2 · top-1 80.0%"
+    assert lines[3] == "done in 14 s · 400.00 MB"
+    assert len(lines) == 4
 
 
 def test_terminal_shows_bars(tmp_path):

@@ -43,6 +43,7 @@ class Moments:
         if len(tokens) == 1:
             return self.hessian / tokens.clamp_min(1)
         mean = self.hessian.sum(0) / tokens.sum().clamp_min(1)
+        prior = max(prior, 1e-6)  # zero would leave a matrix that saw none with 0 / 0
         return (self.hessian + prior * mean) / (tokens + prior)
 
 

@@ -27,7 +27,8 @@ class ObserveLinears(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         """Intercepts torch calls; only `linear` is looked at, none is changed."""
         if function is torch.nn.functional.linear:
-            x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
+            x = args[0] if args else kwargs["input"]
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
             name = self.by_storage.get(weight.untyped_storage().data_ptr())
             if name is not None:
                 expert = weight.storage_offset() // weight.numel() if self.targets[name].ndim == 3 else 0

@@ -76,21 +76,27 @@ class Calls:
             if not self._kinds:
                 self._kinds = [_kind(leaf, windows(), self.length) for leaf in leaves]
                 self._leaves = [[] for _ in leaves]
-            for kept, leaf, kind in zip(self._leaves, leaves, self._kinds, strict=True):
-                if kind != "constant":
-                    kept.append(_per_window(leaf, windows()))
-                elif not kept:
-                    kept.append(leaf[:1] if _repeats(leaf, windows()) else leaf)
+            for position, leaf in enumerate(leaves):
+                self._keep(position, leaf, windows())
             self._outputs.append(_per_window(first_tensor(output), windows()))
 
         return record
 
+    def _keep(self, position: int, leaf: object, windows: int) -> None:
+        kind, kept = self._kinds[position], self._leaves[position]
+        if kind == "repeated" and kept and not bool((leaf == kept[0]).all()):
+            kind = self._kinds[position] = "window"  # the windows before these were alike by chance
+            kept[:] = [kept[0].expand(len(past), *kept[0].shape[1:]) for past in self._outputs]
+        if kind in ("window", "token"):
+            kept.append(_per_window(leaf, windows))
+        elif not kept:
+            kept.append(leaf[:1] if kind == "repeated" else leaf)
+
     def finish(self) -> Calls:
         """Join the micro-batches; call once after the last."""
         for position, kind in enumerate(self._kinds):
-            self._leaves[position] = (
-                self._leaves[position][0] if kind == "constant" else torch.cat(self._leaves[position])
-            )
+            kept = self._leaves[position]
+            self._leaves[position] = torch.cat(kept) if kind in ("window", "token") else kept[0]
         self.outputs = torch.cat(self._outputs)  # [windows, length, ...]
         self._outputs = []
         return self
@@ -103,24 +109,23 @@ class Calls:
                 leaf = leaf[windows]
             elif kind == "token":
                 leaf = leaf[windows].flatten(0, 1)
+            elif kind == "repeated":
+                leaf = leaf.expand(len(windows), *leaf.shape[1:]).contiguous()
             leaves.append(leaf)
         args, kwargs = tree_unflatten(leaves, self._spec)
         return _per_window(first_tensor(module(*args, **kwargs)), len(windows))
 
 
 def _kind(leaf: object, windows: int, length: int) -> str:
-    if not isinstance(leaf, Tensor) or leaf.ndim == 0 or _repeats(leaf, windows):
+    """What an argument runs over: the "window", the "token" of all windows, or neither, "constant".
+
+    "repeated" holds one window's values again and again, as position embeddings do.
+    """
+    if not isinstance(leaf, Tensor) or leaf.ndim == 0:
         return "constant"
-    if leaf.shape[0] == windows * length:
-        return "token"
-    return "window" if leaf.shape[0] == windows else "constant"
-
-
-def _repeats(leaf: object, windows: int) -> bool:
-    """True for a tensor that only repeats one window's values, such as position embeddings."""
-    if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] != windows or windows == 1:
-        return False
-    return bool((leaf == leaf[:1]).all())
+    if leaf.shape[0] == windows:
+        return "repeated" if bool((leaf == leaf[:1]).all()) else "window"
+    return "token" if leaf.shape[0] == windows * length else "constant"
 
 
 def _per_window(tensor: Tensor, windows: int) -> Tensor:

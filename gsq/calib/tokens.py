@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from gsq.device import activation_dtype
@@ -27,11 +29,27 @@ def calibration_tokens(source: str, folder: Path, windows: int, length: int, see
     """Token ids int64 `[windows, length]` from `source`, with the tokenizer (and for `self` the model) in `folder`."""
     if source == "self":
         return sample_from_model(folder, windows, length, seed, device)
+    if source.endswith(".safetensors"):
+        return stored_tokens(Path(source).expanduser(), windows, length)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = _local_texts(source) if _is_local(source) else _dataset_texts(source, seed)
     return pack(texts, tokenizer, windows, length, source)
+
+
+def stored_tokens(path: Path, windows: int, length: int) -> Tensor:
+    """The tokens that another run was calibrated on: its `tokens.safetensors`."""
+    try:
+        tokens = load_file(path)["tokens"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"calib.source {path} holds no tokens of a run ({error})") from None
+    if tuple(tokens.shape) != (windows, length):
+        raise UserError(
+            f"{path} holds {tokens.shape[0]} windows of {tokens.shape[1]} tokens, not {windows} of {length}; "
+            "set calib.windows and calib.length to match"
+        )
+    return tokens.long()
 
 
 def pack(texts: Iterator[str], tokenizer, windows: int, length: int, origin: str) -> Tensor:
@@ -71,7 +89,7 @@ def sample_from_model(folder: Path, windows: int, length: int, seed: int, device
 
 
 def _is_local(source: str) -> bool:
-    local = Path(source).expanduser().exists() or bool(glob.glob(source))
+    local = bool(_local_paths(source))
     if (
         not local
         and source not in DATASETS
@@ -81,18 +99,30 @@ def _is_local(source: str) -> bool:
     return local
 
 
+def _local_paths(source: str) -> list[Path]:
+    """The file that `source` names, or the files that it matches as a glob."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise UserError(f"calib.source {source!r} is a folder; give its files, such as {path / '*.txt'}")
+    return [path] if path.exists() else sorted(filter(Path.is_file, map(Path, glob.glob(str(path)))))
+
+
 def _local_texts(source: str) -> Iterator[str]:
-    paths = sorted(glob.glob(source)) or [str(Path(source).expanduser())]
-    for path in map(Path, paths):
-        if path.suffix not in {".jsonl", ".json"}:
-            yield path.read_text()
-            continue
-        with open(path) as lines:
-            for number, line in enumerate(lines, 1):
-                try:
+    for path in _local_paths(source):
+        try:
+            yield from _json_texts(path) if path.suffix in {".jsonl", ".json"} else [path.read_text(encoding="utf-8")]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is no UTF-8 text ({error}); convert it, or leave it out") from None
+
+
+def _json_texts(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                if line.strip():
                     yield _document(json.loads(line))
-                except (json.JSONDecodeError, KeyError):
-                    raise UserError(f"{path}, line {number}: no JSON object with one of {', '.join(FIELDS)}") from None
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+                raise UserError(f"{path}, line {number}: no JSON object with one of {', '.join(FIELDS)}") from None
 
 
 def _dataset_texts(source: str, seed: int) -> Iterator[str]:
@@ -113,8 +143,9 @@ def _dataset_texts(source: str, seed: int) -> Iterator[str]:
 
 def _document(row: dict) -> str:
     """The text of a row: all fields that hold text, conversations turn by turn."""
-    found = [row[field] for field in FIELDS if field in row]
+    found = [row[field] for field in FIELDS if isinstance(row.get(field), str | list)]
     if not found:
-        raise KeyError(row)
+        raise KeyError(f"its rows have none of {', '.join(FIELDS)}")
     turns = (turn for value in found for turn in (value if isinstance(value, list) else [value]))
-    return "\n\n".join(turn if isinstance(turn, str) else turn.get("content", turn.get("value", "")) for turn in turns)
+    texts = (turn if isinstance(turn, str) else turn.get("content") or turn.get("value") or "" for turn in turns)
+    return "\n\n".join(texts)

@@ -122,7 +122,7 @@ def export_run(run: Run, format: str, out: str | Path) -> Path:
     """
     module = format_module(format)
     module.check(run.source, run.plan.entries)
-    writer = CheckpointWriter(out)
+    writer = CheckpointWriter(out, expected_bytes=_bytes_after(run.source, run.plan.entries))
     module.write(run, writer)
     for path in run.source.side_files():
         writer.copy(path)
@@ -157,6 +157,17 @@ def walk(source: Checkpoint, entries: Mapping[str, PlanEntry]) -> Iterator[tuple
             yield name, quantized[name]
         elif name not in replaced:
             yield name, None
+
+
+def _bytes_after(source: Checkpoint, entries: Mapping[str, PlanEntry]) -> int:
+    """Bytes of all tensors when codes and scales are stored at exact width."""
+    total = 0.0
+    for name, entry in walk(source, entries):
+        if entry is None:
+            total += source.tensors[name].nbytes
+        else:
+            total += torch.Size(entry.shape).numel() * entry.codebook.bits_per_weight / 8
+    return round(total)
 
 
 def linear_names(entry: PlanEntry) -> list[list[str]]:

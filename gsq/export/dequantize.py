@@ -21,7 +21,7 @@ def dequantize(folder: str | Path, out: str | Path) -> Path:
     model = open_model(folder)
     if not isinstance(model, DecodedCheckpoint):
         raise UserError(f"{folder} is dense already; use it as it is")
-    writer = CheckpointWriter(out)
+    writer = CheckpointWriter(out, expected_bytes=model.nbytes)
     for name in model.tensors:
         writer.add(name, model.read(name))
     writer.write_json("config.json", model.config)

@@ -50,6 +50,7 @@ def descend(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor, sweeps
     values = quantized.dequantize()
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     for _ in range(sweeps):
+        before = codes.clone()
         gradient = (weights.float() - values) @ hessian  # [batch, out, in], of half the objective, by -Q
         for start in range(0, weights.shape[-1], BLOCK):
             end = min(start + BLOCK, weights.shape[-1])
@@ -65,7 +66,7 @@ def descend(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor, sweeps
                 codes[..., column], values[..., column] = code, value
             moved -= values[..., start:end]  # old minus new
             gradient += moved @ hessian[:, start:end]
-        if not (codes != quantized.codes).any():
+        if torch.equal(codes, before):
             break
     return QuantizedTensor(codes, quantized.scales, codebook)
 
@@ -88,7 +89,7 @@ def refit_scales(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor) -
     trace = normal.diagonal(dim1=-2, dim2=-1)
     empty = torch.where(trace > 0, 1e-6 * trace, 1.0)  # a group of zero levels has no say
     solution, info = torch.linalg.solve_ex(normal + torch.diag_embed(empty), target)
-    solved = (info == 0)[..., None] & torch.isfinite(solution)
+    solved = (info == 0)[..., None] & torch.isfinite(solution) & (trace > 0)
     scales = torch.where(solved, solution, quantized.scales.float()).to(codebook.scale_dtype)
     refitted = QuantizedTensor(quantized.codes, scales, codebook)
     better = row_errors(weights, refitted, hessian) < row_errors(weights, quantized, hessian)

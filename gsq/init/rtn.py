@@ -35,7 +35,7 @@ def search_scales(weights: Tensor, codebook: Codebook, importance: Tensor | None
     symmetric = torch.equal(table, -table.flip(0))
     best = torch.zeros_like(unit)
     best_error = (h * w * w).sum(-1, keepdim=True)  # of scale zero
-    for shrink in torch.linspace(*SHRINK, CANDIDATES).tolist():
+    for shrink in (1.0, *torch.linspace(*SHRINK, CANDIDATES).tolist()):  # 1 is best where nothing need be clipped
         for sign in (1.0,) if symmetric else (1.0, -1.0):
             best, best_error = _keep_better(w, h, codebook, table, sign * shrink * unit, best, best_error)
     levels = table[codebook.nearest(_divide(w, best)).int()]

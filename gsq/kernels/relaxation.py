@@ -1,6 +1,6 @@
 """The Gumbel-Softmax relaxation of a quantized weight: forward, and backward fused with the Lion step.
 
-    w = scale * sum_k p_k level_k,   p = softmax((kappa * logits + gumbel) / tau)
+    w = scale * sum_k p_k level_k,   p = softmax((kappa * logits + amplitude * gumbel) / tau)
 
 Weights are flat, `[N]`, with logits `[K, N]` over K levels and one scale per `group` neighbours.
 Noise is counter-based: the same (seed, stream, step, element) gives the same number on any device
@@ -57,20 +57,21 @@ def soften(
     group: int,
     tau: float,
     kappa: float,
-    noise: tuple[int, int, int] | None,
+    noise: tuple[int, int, int],
+    amplitude: float,
 ) -> tuple[Tensor, Tensor]:
     """Soft weights `[N]` and the slope `p_k (level_k - mean level)` `[K, N]`, which the backward pass needs.
 
     `levels` `[table]` and `window` uint8 `[N]`: logit k of a weight stands for `levels[window + k]`
-    (`levels[k]` where `window` is None). `scales` `[N / group]`. `noise` is (seed, stream, step), or None for none.
+    (`levels[k]` where `window` is None). `scales` `[N / group]`. `noise` is (seed, stream, step).
     """
     count, size = logits.shape
     weights, slope = torch.empty(size, device=logits.device), torch.empty_like(logits)
     for start in range(0, size, CHUNK):
         part = slice(start, min(start + CHUNK, size))
         z = logits[:, part] * kappa
-        if noise is not None:
-            z += gumbel_noise(*noise, start, z.shape[1], count, z.device)
+        if amplitude:
+            z.add_(gumbel_noise(*noise, start, z.shape[1], count, z.device), alpha=amplitude)
         p = torch.softmax(z.div_(tau), dim=0)
         level = levels[:count, None] if window is None else _window_levels(levels, window[part], count)
         mean = (p * level).sum(0)

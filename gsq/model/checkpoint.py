@@ -11,15 +11,16 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gsq.errors import UserError
+from gsq.files import check_space, explained, save_tensors, sync
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -112,17 +113,19 @@ class CheckpointWriter:
     """Writes a checkpoint that appears under its name only when it is whole.
 
     Tensors are gathered into shards of at most `shard_bytes`, so that memory holds one shard;
-    everything is written to `<folder>.partial` and renamed by `finish`.
+    everything is written to `<folder>.partial` and renamed by `finish`. `expected_bytes` of tensors,
+    if known, must be free at the start.
     """
 
-    def __init__(self, folder: str | Path, shard_bytes: int = 2 << 30):
+    def __init__(self, folder: str | Path, shard_bytes: int = 2 << 30, expected_bytes: int = 0):
         self.folder = Path(folder)
         if self.folder.exists():
             raise UserError(f"{self.folder} exists already; choose another folder or remove it")
         self.partial = self.folder.with_name(self.folder.name + ".partial")
         shutil.rmtree(self.partial, ignore_errors=True)
+        check_space(self.folder, expected_bytes)
         self.partial.mkdir(parents=True)
-        self.shard_bytes = shard_bytes
+        self.shard_bytes, self.expected_bytes = shard_bytes, expected_bytes
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
@@ -139,11 +142,13 @@ class CheckpointWriter:
 
     def write_json(self, file: str, content: dict) -> None:
         """A JSON file of the checkpoint, such as its `config.json`."""
-        (self.partial / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        with self._writing():
+            (self.partial / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def copy(self, path: Path) -> None:
         """A side file, byte for byte."""
-        shutil.copyfile(path, self.partial / path.name)
+        with self._writing():
+            shutil.copyfile(path, self.partial / path.name)
 
     def finish(self) -> Path:
         """Write what is pending and the index, then give the folder its name."""
@@ -153,13 +158,25 @@ class CheckpointWriter:
             (self.partial / self._shard_file(0, None)).rename(self.partial / SINGLE)
         else:
             self._name_shards()
-        for path in self.partial.iterdir():
-            _sync(path)
-        self.partial.rename(self.folder)
+        with self._writing():
+            for path in self.partial.iterdir():
+                sync(path)
+            self.partial.rename(self.folder)
         return self.folder
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Around everything that writes: a disk that is full gets back what this checkpoint took of it."""
+        with explained(self.folder, max(self.expected_bytes, self._total_bytes)):
+            try:
+                yield
+            except OSError:
+                shutil.rmtree(self.partial, ignore_errors=True)
+                raise
+
     def _flush(self) -> None:
-        save_file(self._pending, self.partial / self._shard_file(len(self._shards), None), metadata={"format": "pt"})
+        with self._writing():
+            save_tensors(self._pending, self.partial / self._shard_file(len(self._shards), None))
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
@@ -211,9 +228,3 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         raise UserError(f"shard {path} is truncated or damaged ({error}); download it again") from None
     except KeyError as error:
         raise UserError(f"{path} holds tensors of dtype {error}, which GSQ does not read") from None
-
-
-def _sync(path: Path) -> None:
-    """Flush a file to the disk, so that a rename never outruns its content."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

@@ -6,10 +6,14 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from gsq.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
 
@@ -28,6 +32,19 @@ def resolve_model(name: str) -> Path:
     if path.suffix in {".gguf", ".safetensors"} or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"model {name!r} does not exist; give a folder, a .gguf file or a hub id such as org/model")
     return _download(name)
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder; raises `UserError` if it has none that works."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{folder} has no usable tokenizer ({reason}); download the model again, or copy its tokenizer files there"
+        ) from None
 
 
 def _download(repo: str) -> Path:

@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING
 
 from gsq.errors import UserError
 from gsq.model.checkpoint import Checkpoint
-from gsq.model.targets import sources
+from gsq.model.targets import EXPERT_PARTS, sources
 
 
 class Skeleton:
@@ -79,16 +79,20 @@ class Skeleton:
         """Hidden states `[B, L, H]` behind `layer`."""
         return first_tensor(layer(hidden.to(self.device, self.dtype), **kwargs))
 
-    def read(self, parameter: str, shape: tuple[int, ...]) -> Tensor:
-        """A parameter of the module tree as the checkpoint stores it; experts stored one by one are gathered."""
+    def read(self, parameter: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A parameter of the module tree, on the device of the walk.
+
+        Experts are read one at a time into their place, so that they are never held twice.
+        """
         names = self.sources(parameter, shape)
-        if len(names) == 1 and not (len(shape) == 3 and names[0] != parameter):
-            tensor = self.checkpoint.read(names[0])
+        if len(shape) == 3 and parameter.rpartition(".")[2] in EXPERT_PARTS:
+            tensor = torch.empty(shape, dtype=dtype, device=self.device)
+            for place, name, part in self._places(tensor, names):
+                place.copy_(self.checkpoint.read(name, part))
         else:
-            tensor = self._gather_experts(names, shape)
-        if tuple(tensor.shape) != shape:
-            raise UserError(f"{names[0]} has shape {tuple(tensor.shape)}, but config.json asks for {shape}")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            self._check_shape(names[0], shape)
+            tensor = self.checkpoint.read(names[0]).to(self.device, dtype)
+        if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
             raise UserError(f"{parameter} holds NaN or Inf; the source checkpoint is damaged, download it again")
         return tensor
 
@@ -103,19 +107,26 @@ class Skeleton:
             return self.sources(self._path(self.model.get_input_embeddings()) + ".weight", shape)
         raise UserError(f"{self.checkpoint.folder} lacks {parameter}, which its config.json asks for")
 
-    def _gather_experts(self, names: list[str], shape: tuple[int, ...]) -> Tensor:
-        """One allocation for the fused tensor, filled part by part."""
-        fused = torch.empty(shape, dtype=self.checkpoint.tensors[names[0]].dtype)
-        parts = len(names) // shape[0]
-        for number, name in enumerate(names):
-            expert, part = divmod(number, parts)
-            fused[expert].chunk(parts)[part].copy_(self.checkpoint.read(name))
-        return fused
+    def _places(self, experts: Tensor, names: list[str]) -> Iterator[tuple[Tensor, str, int | None]]:
+        """Where in `experts` `[experts, out, in]` each stored piece belongs: an index of one tensor, or a tensor."""
+        if len(self.checkpoint.tensors[names[0]].shape) == 3:
+            self._check_shape(names[0], tuple(experts.shape))
+            yield from ((expert, names[0], index) for index, expert in enumerate(experts))
+            return
+        parts = len(names) // len(experts)
+        for place, name in zip((part for expert in experts for part in expert.chunk(parts)), names, strict=True):
+            self._check_shape(name, tuple(place.shape))
+            yield place, name, None
+
+    def _check_shape(self, name: str, wanted: tuple[int, ...]) -> None:
+        shape = self.checkpoint.tensors[name].shape
+        if shape != wanted:
+            raise UserError(f"{name} has shape {shape}, but config.json asks for {wanted}")
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
         for name, parameter in list(module.named_parameters()):
             if parameter.is_meta:
-                tensor = self.read(prefix + name, tuple(parameter.shape)).to(self.device, parameter.dtype)
+                tensor = self.read(prefix + name, tuple(parameter.shape), parameter.dtype)
                 _set_parameter(module, name, nn.Parameter(tensor, requires_grad=False))
         for name, buffer in module.named_buffers():
             if prefix + name in self.checkpoint.tensors:

@@ -5,8 +5,10 @@ Made from names and shapes alone, so that an impossible recipe stops before any 
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,30 +93,32 @@ class Plan:
 
 def make_plan(skeleton: Skeleton, rules: list[Rule]) -> Plan:
     """Apply `rules` to the targets of the layers to walk; raises `UserError` for a rule that cannot hold."""
-    matched: set[str] = set()
     entries: dict[str, PlanEntry] = {}
     claimed: set[str] = set()
     targets = _targets(skeleton)
+    _check_rules(rules, targets)
     for name, parameter in skeleton.model.named_parameters():
         shape = tuple(parameter.shape)
         names = skeleton.sources(name, shape)
-        rule = _first_match(name, rules, matched)
+        if claimed.issuperset(names):  # tied to a parameter above
+            continue
+        rule = _first_match(name, rules)
         layer = _layer(name, skeleton.layer_names)
         codebook = _codebook(rule, name, shape) if rule and name in targets else None
         reason = _reason(rule, name in targets, layer, skeleton.num_layers)
         if codebook is not None and layer >= skeleton.num_layers:
             codebook = None
-        before = sum(skeleton.checkpoint.tensors[source].nbytes for source in names if source not in claimed)
+        before = sum(skeleton.checkpoint.tensors[source].nbytes for source in names)
         claimed |= set(names)
         dtype = str(skeleton.checkpoint.tensors[names[0]].dtype).removeprefix("torch.")
         entries[name] = PlanEntry(name, shape, dtype, codebook, names, reason, role_of(name), layer, before)
     for name, info in skeleton.checkpoint.tensors.items():
         if name not in claimed:  # tensors that transformers does not load, such as MTP
-            _first_match(name, rules, matched)
             dtype = str(info.dtype).removeprefix("torch.")
             role = role_of(name)
             entries[name] = PlanEntry(name, info.shape, dtype, None, [name], "not walked", role, None, info.nbytes)
-    _check_matched(rules, matched, entries)
+    if not any(entry.codebook for entry in entries.values()):
+        raise UserError("the plan quantizes nothing: its rules match only layers beyond model.max_layers, or keep all")
     return Plan(entries)
 
 
@@ -138,23 +142,20 @@ def role_of(name: str) -> str:
     return next((role for pattern, role in ROLES if re.search(pattern, name)), "other")
 
 
-def _targets(skeleton: Skeleton) -> set[str]:
-    """Names of parameters inside decoder layers that can be quantized: Linear weights and fused experts."""
-    found = set()
+def _targets(skeleton: Skeleton) -> dict[str, None]:
+    """Names, in order, of parameters in decoder layers that can be quantized: Linear weights and fused experts."""
+    found = {}
     for prefix, layer in zip(skeleton.layer_names, skeleton.decoder.layers, strict=True):
         for path, module in layer.named_modules():
             for leaf, parameter in module.named_parameters(recurse=False):
                 linear = isinstance(module, nn.Linear) and leaf == "weight"
                 if linear or (parameter.ndim == 3 and leaf in EXPERT_PARTS):
-                    found.add(f"{prefix}.{path}.{leaf}")
+                    found[f"{prefix}.{path}.{leaf}"] = None
     return found
 
 
-def _first_match(name: str, rules: list[Rule], matched: set[str]) -> Rule | None:
-    rule = next((rule for rule in rules if re.search(rule.match, name)), None)
-    if rule is not None:
-        matched.add(rule.match)
-    return rule
+def _first_match(name: str, rules: list[Rule]) -> Rule | None:
+    return next((rule for rule in rules if re.search(rule.match, name)), None)
 
 
 def _codebook(rule: Rule, name: str, shape: tuple[int, ...]) -> Codebook | None:
@@ -181,13 +182,21 @@ def _layer(name: str, layer_names: list[str]) -> int | None:
     return next((index for index, prefix in enumerate(layer_names) if name.startswith(prefix + ".")), None)
 
 
-def _check_matched(rules: list[Rule], matched: set[str], entries: dict[str, PlanEntry]) -> None:
+def _check_rules(rules: list[Rule], targets: Collection[str]) -> None:
+    """Every rule that quantizes must decide about something; one that keeps may be a precaution."""
+    deciding = [_first_match(name, rules) for name in targets]
     for rule in rules:
-        if rule.match not in matched and not rule.keep:
-            example = next((e.name for e in entries.values() if len(e.shape) > 1 and e.layer is not None), "")
+        if rule.keep or any(rule is decides for decides in deciding):
+            continue
+        earlier = [first for name, first in zip(targets, deciding, strict=True) if re.search(rule.match, name)]
+        if earlier:
             raise UserError(
-                f"plan rule {rule.match!r} decides about no tensor of this model (names look like {example!r}); "
-                "mend the pattern, move it before a wider rule, or remove it"
+                f"plan rule {rule.match!r} decides about nothing: earlier rules, such as {earlier[0].match!r}, "
+                "take all that it matches; move it up, or remove it"
             )
-    if not any(e.codebook for e in entries.values()):
-        raise UserError("no rule of the plan quantizes anything; see `gsq plan CONFIG`")
+        kinds = {re.sub(r"(?<=\.)\d+(?=\.)", "0", name) for name in targets}
+        near = difflib.get_close_matches(rule.match, sorted(kinds), n=3, cutoff=0)
+        raise UserError(
+            f"plan rule {rule.match!r} matches no tensor that can be quantized; nearest are "
+            f"{', '.join(near)}; mend the pattern, or remove the rule"
+        )

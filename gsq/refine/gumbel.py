@@ -38,7 +38,8 @@ class Relaxation:
 
     `wanted` `[..., out, in]` is the value that each weight would take were it free and all others
     fixed (`gsq.init.polish.free_values`); a level one scale away from it starts `gap` below it.
-    `seed` and `stream` name this target's noise; `stream` must differ between targets.
+    `noise` is the amplitude of the Gumbel noise; `seed` and `stream` name it, and `stream` must
+    differ between targets.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Relaxation:
         betas: tuple[float, float],
         seed: int,
         stream: int,
-        noise: bool,
+        noise: float,
     ):
         self.codebook, self.shape = start.codebook, start.codes.shape
         self.device = start.codes.device
@@ -74,7 +75,8 @@ class Relaxation:
     def _starting_logits(self, start: QuantizedTensor, codes: Tensor, count: int, gap: float, wanted: Tensor) -> Tensor:
         """`-gap (wanted / scale - level)^2`, with the initial code on top by a hair at least."""
         scale = self.codebook.expand(start.scales.float()).reshape(-1)
-        u = wanted.float().reshape(-1) / torch.where(scale == 0, torch.inf, scale)
+        beyond = 2 * FLOOR + self.levels.abs().max()  # where every level has reached the floor; keeps the sums exact
+        u = (wanted.float().reshape(-1) / torch.where(scale == 0, torch.inf, scale)).clamp_(-beyond, beyond)
         index = torch.arange(count, device=self.device)[:, None]
         level = self.levels[index if self.window is None else self.window.long()[None] + index]
         logits = (u - level).square_().mul_(-gap)
@@ -85,11 +87,11 @@ class Relaxation:
 
     def soft(self, step: int, at: Temperature) -> Tensor:
         """Soft weights `[..., out, in]`, float32, of one draw of the noise."""
-        noise = (self.seed, self.stream, step) if self.noise else None
         group = self.codebook.group_size
         self._soft, self._slope = relaxation.soften(
-            self.logits, self.levels, self.window, self._scales(), group, at.tau, at.kappa, noise
-        )
+            self.logits, self.levels, self.window, self._scales(), group, at.tau, at.kappa,
+            (self.seed, self.stream, step), self.noise,
+        )  # fmt: skip
         return self._soft.view(self.shape)
 
     def update(self, gradient: Tensor, at: Temperature) -> None:

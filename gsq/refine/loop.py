@@ -28,7 +28,7 @@ class Schedule:
     tau: tuple[float, float] = (2.0, 0.05)
     kappa: tuple[float, float] = (100.0, 500.0)
     gap: float = 0.06  # logit of the initial code above the others
-    noise: bool = True
+    noise: float = 0.0  # amplitude of the Gumbel noise
     checks: int = 4  # times that the hard result is judged on the way
 
     def at(self, step: int) -> Temperature:

@@ -35,7 +35,7 @@ class Objective(Protocol):
 
 @dataclass
 class HessianObjective:
-    """Sum over targets of `tr(D H D^T) / tr(W H W^T)`, `W` and `H` `[batch, out, in]`, `[batch, in, in]` by target."""
+    """Mean over targets of `tr(D H D^T) / tr(W H W^T)`, `W` and `H` `[batch, out, in]`, `[batch, in, in]` by target."""
 
     wanted: Weights
     hessians: Weights
@@ -53,7 +53,7 @@ class HessianObjective:
             difference = weight.float().view_as(self.wanted[name]) - self.wanted[name].float()
             product = difference @ self.hessians[name]
             loss += float((product * difference).sum()) / self._size[name]
-            gradients[name] = (product * (2 / self._size[name])).view_as(weight)
+            gradients[name] = (product * (2 / self._size[name] / len(weights))).view_as(weight)
         return loss / len(weights), gradients
 
     def error(self, weights: Weights) -> float:
@@ -92,14 +92,15 @@ class OutputObjective:
     def gradients(self, step: int, weights: Weights) -> tuple[float, Weights]:
         """Loss over this step's windows, relative to the size of the wanted output."""
         dtype = self.wanted.dtype
-        leaves = {name: weight.to(dtype).requires_grad_() for name, weight in weights.items()}
+        leaves = {name: weight.detach().to(dtype).requires_grad_() for name, weight in weights.items()}
         chosen = self.order(step, self.training)[: self.per_step]
         total = 0.0
         for windows in chosen.split(self.micro_batch):
             loss = self._squared_error(leaves, windows) / (self._size * len(chosen))
             loss.backward()
             total += float(loss.detach())
-        return total, {name: leaf.grad for name, leaf in leaves.items()}
+        reached = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+        return total, reached
 
     @torch.no_grad()
     def error(self, weights: Weights) -> float:
