@@ -29,7 +29,7 @@ from gsq.files import save_tensors
 from gsq.model.resolve import resolve_model
 from gsq.train import train
 
-PLAIN = ["init.polish=0", "init.token_weights=false", "init.answer_original=false", "refine.enabled=false"]
+PLAIN = ["init.polish=0", "init.answer_original=false", "refine.enabled=false"]
 ROWS: dict[str, list[str]] = {
     "RTN": [*PLAIN, "init.method=rtn"],
     "GPTQ": PLAIN,

@@ -36,9 +36,11 @@ class Model(Section):
 class Calib(Section):
     """The text that activations are taken from."""
 
-    source: str = Field("self", description="hub dataset, file or glob of text or JSONL, tokens of another run, or `self`")
-    windows: Positive = 128
-    length: Positive = 512
+    source: str = Field(
+        "self", description="hub dataset, file or glob of text or JSONL, tokens of another run, or `self`"
+    )
+    windows: Positive = Field(128, description="windows of tokens, held-out ones included")
+    length: Positive = Field(512, description="tokens in a window")
     validation: Positive = Field(16, description="windows, of `windows`, held out to judge hard results")
     batch: Positive = Field(8, description="windows pushed through a layer at once")
 
@@ -71,10 +73,9 @@ class Plan(Section):
 class Init(Section):
     """The start of refinement."""
 
-    method: Literal["gptq", "rtn"] = "gptq"
+    method: Literal["gptq", "rtn"] = Field("gptq", description="GPTQ, or round to nearest with searched scales")
     damping: float = Field(0.02, gt=0, description="added to the Hessian, as a fraction of its mean diagonal")
     polish: int = Field(2, ge=0, description="rounds of coordinate descent and least-squares scales; 0 for none")
-    token_weights: bool = Field(False, description="weigh tokens by the inverse size of the residual stream")
     answer_original: bool = Field(True, description="aim at the original model's outputs, not only the layer's")
     expert_prior: float = Field(64.0, ge=0, description="tokens at which an expert's own Hessian weighs as the mean's")
 
@@ -82,8 +83,11 @@ class Init(Section):
 class Refine(Section):
     """Gumbel-Softmax refinement of codes and scales."""
 
-    enabled: bool = True
-    objective: Literal["output", "hessian", "both"] = "output"
+    enabled: bool = Field(True, description="false: keep the init")
+    objective: Literal["output", "hessian", "both"] = Field(
+        "output",
+        description="output of the stage, quadratic model of each Linear, or the second and then the first",
+    )
     target: Literal["stream", "layer"] = Field(
         "stream",
         description="reproduce the original model's hidden states, or the original layer on the quantized prefix",
@@ -91,14 +95,14 @@ class Refine(Section):
     stage: Literal["layer", "module"] = Field(
         "layer", description="refine a layer's targets together or module by module"
     )
-    steps: Positive = 64
+    steps: Positive = Field(64, description="optimizer steps of a stage, for each objective")
     windows: Positive = Field(8, description="calibration windows per step")
     lr: float = Field(0.001, gt=0, description="of logits")
     scale_lr: float = Field(0.004, ge=0, description="of scales, relative to their size")
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    tau: tuple[float, float] = (0.5, 0.05)
-    kappa: tuple[float, float] = (100.0, 500.0)
+    weight_decay: float = Field(0.0, ge=0, description="of logits")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="Lion's momentum factors")
+    tau: tuple[float, float] = Field((0.5, 0.05), description="softmax temperature, first to last step, geometric")
+    kappa: tuple[float, float] = Field((100.0, 500.0), description="gain of the logits, first to last step, linear")
     gap: float = Field(
         0.06, gt=0, description="starting logit of a level one scale away from the wanted weight, negated"
     )
@@ -109,24 +113,26 @@ class Refine(Section):
 class Export(Section):
     """What is written when all layers are done."""
 
-    format: Literal["humming"] | None = Field("humming", json_schema_extra=FREE)
+    format: Literal["humming"] | None = Field("humming", description="null: none", json_schema_extra=FREE)
     out: str | None = Field(None, description="default: `export` in the run folder", json_schema_extra=FREE)
 
 
 class Eval(Section):
     """Measured on the export, if `text` is given."""
 
-    text: str | None = Field(None, json_schema_extra=FREE)
-    windows: Positive = Field(20, json_schema_extra=FREE)
-    length: Positive = Field(1024, json_schema_extra=FREE)
+    text: str | None = Field(None, description="text file to measure on", json_schema_extra=FREE)
+    windows: Positive = Field(20, description="windows of that text", json_schema_extra=FREE)
+    length: Positive = Field(1024, description="tokens in a window", json_schema_extra=FREE)
 
 
 class Tracking(Section):
     """Weights & Biases."""
 
-    wandb: Literal["online", "offline", "off"] = Field("off", json_schema_extra=FREE)
-    project: str = Field("gsq", json_schema_extra=FREE)
-    name: str | None = Field(None, json_schema_extra=FREE)
+    wandb: Literal["online", "offline", "off"] = Field(
+        "off", description="where a run is logged besides its folder", json_schema_extra=FREE
+    )
+    project: str = Field("gsq", description="project there", json_schema_extra=FREE)
+    name: str | None = Field(None, description="name there; default: the run folder's", json_schema_extra=FREE)
 
 
 class Config(Section):
@@ -143,7 +149,7 @@ class Config(Section):
     run: str | None = Field(
         None, description="run folder; default: runs/<name of the config file>", json_schema_extra=FREE
     )
-    seed: int = 0
+    seed: int = Field(0, description="of sampled tokens, order of windows, noise")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of activations; auto: bfloat16 where the processor multiplies it natively"
     )

@@ -26,15 +26,16 @@ def keep_freed_memory() -> None:
     """Let glibc reuse the memory of freed tensors rather than give it back to the system at once.
 
     A walk on a CPU allocates the same megabytes again and again; asking the kernel for them each time
-    costs a third of the time. Does nothing where the C library is another.
+    costs a third of the time. Tensors above 32 MB, glibc's limit, stay with the kernel: on the heap
+    they would leave holes that nothing fits. Does nothing where the C library is another.
     """
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    trim_threshold, mmap_max = -1, -4  # from malloc.h
+    trim_threshold, mmap_threshold = -1, -3  # from malloc.h
     if mallopt:
         mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_max, 0)
+        mallopt(mmap_threshold, 32 << 20)
 
 
 def peak_memory(device: torch.device) -> tuple[float, float]:

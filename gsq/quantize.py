@@ -38,7 +38,6 @@ class Recipe:
     method: str
     damping: float
     polish: int
-    token_weights: bool
     answer_original: bool
     expert_prior: float
     objectives: tuple[str, ...]  # refined one after the other
@@ -96,14 +95,15 @@ class LayerWork:
         groups = self._groups()
         for targets in self._stages(groups):
             module_path = common_module(targets)
-            with self.timer("teacher"):
-                calls, reached = self._record(module_path)
-                weights = token_weights(reached if behind is None else behind)
+            if self.recipe.objectives:
+                with self.timer("teacher"):
+                    calls, reached = self._record(module_path)
             for group in groups:
                 if set(group) <= set(targets):
-                    self._initialize(group, weights if self.recipe.token_weights else None)
+                    self._initialize(group)
             if self.recipe.objectives:
                 wanted = self._wanted_output(module_path, calls, behind, reached)
+                weights = token_weights(reached if behind is None else behind)
                 with self.timer("refine"):
                     self._refine(targets, module_path, calls, wanted, weights)
             for name in targets:
@@ -142,10 +142,10 @@ class LayerWork:
             handle.remove()
         return calls.finish(), torch.cat(outputs)
 
-    def _initialize(self, group: list[str], weights: Tensor | None) -> None:
+    def _initialize(self, group: list[str]) -> None:
         """Quantize one group by the recipe's method, and put the result into the current layer."""
         with self.timer("hessian"):
-            moments = self._observe(group, weights)
+            moments = self._observe(group)
             hessian = damped(moments.shrunk(self.recipe.expert_prior), self.recipe.damping)
         with self.timer("init"):
             codebook = self.codebooks[group[0]]
@@ -180,18 +180,17 @@ class LayerWork:
         return found, errors
 
     @torch.no_grad()
-    def _observe(self, group: list[str], weights: Tensor | None) -> Moments:
+    def _observe(self, group: list[str]) -> Moments:
         """Second moments of what a group reads, over the windows that are not held out."""
         first = self.current.get_parameter(group[0])
         fused = first.ndim == 3
         cross = self.recipe.answer_original and not fused  # experts see other tokens in the original model
         moments = Moments(first.shape[0] if fused else 1, first.shape[-1], self.stream.hidden.device, cross)
         for part in self._training_parts():
-            by_token = None if weights is None or fused else weights[part].reshape(-1)
             answers: dict[str, Tensor] = {}
             if cross:
                 self._watch(self.original, self.originals, group[0], part, lambda e, x, a=answers: a.update(x=x))
-            add = lambda e, x, a=answers, w=by_token: moments.add(e, x, a.get("x"), w)  # noqa: E731
+            add = lambda e, x, a=answers: moments.add(e, x, a.get("x"))  # noqa: E731
             self._watch(self.current, self.stream, group[0], part, add)
         return moments
 

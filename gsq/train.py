@@ -177,7 +177,7 @@ def make_recipe(config: Config) -> Recipe:
     objectives = {"output": ("output",), "hessian": ("hessian",), "both": ("hessian", "output")}[refine.objective]
     schedule = Schedule(**refine.model_dump(include={field.name for field in fields(Schedule)}))
     return Recipe(
-        method=init.method, damping=init.damping, polish=init.polish, token_weights=init.token_weights,
+        method=init.method, damping=init.damping, polish=init.polish,
         answer_original=init.answer_original, expert_prior=init.expert_prior,
         objectives=objectives if refine.enabled else (), stream_target=refine.enabled and refine.target == "stream",
         whole_layer=refine.stage == "layer", schedule=schedule, windows_per_step=refine.windows,

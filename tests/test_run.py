@@ -37,7 +37,7 @@ calib: {{source: {text}, windows: 4, length: 16, validation: 1, batch: 2}}
 init: {{polish: 0}}
 refine: {{steps: 2, windows: 2}}
 """
-PATIENCE = 300  # seconds until a child is given up
+PATIENCE = 600  # seconds until a child is given up
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload([__name__])
 
@@ -230,12 +230,16 @@ def test_another_model_is_refused(recipe: Path, config: Config, finished: Path, 
 def test_accelerate_launches_the_program(recipe: Path, tmp_path: Path):
     """By its path from the repository's root, whence `import kernels` of transformers must not find ours."""
     text = ["--set", f"eval.text={load_config(recipe).calib.source}"]
+    hook = tmp_path / "sitecustomize.py"  # run by every Python that starts
+    hook.write_text("import atexit, importlib.util as u; atexit.register(lambda: print(u.find_spec('kernels')))")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path)}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "gsq/train.py"]
     done = subprocess.run(
         [*launch, recipe, "--out", tmp_path / "run", *text, "--set", "eval.windows=2", "--set", "eval.length=16"],
-        cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=PATIENCE,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "gsq/kernels" not in done.stdout
     export = tmp_path / "run" / "export"
     assert "14 tensors quantized at 2.50 bits per weight" in done.stdout
     assert f"wrote {export} · 40.06 kB · 3.90 bits per weight" in done.stdout

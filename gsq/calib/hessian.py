@@ -1,6 +1,6 @@
-"""Second moments of what targets read: `H = sum w x x^T` over the calibration tokens, in float32.
+"""Second moments of what targets read: `H = sum x x^T` over the calibration tokens, in float32.
 
-`C = sum w x' x^T` beside it, where `x'` is what the same Linear reads in the original model, turns
+`C = sum x' x^T` beside it, where `x'` is what the same Linear reads in the original model, turns
 the layer-wise problem into "answer the original model": the best weights for the quantized
 prefix's inputs are then `W C H^-1` (as in GPTAQ, https://arxiv.org/abs/2504.02692).
 """
@@ -21,17 +21,15 @@ class Moments:
         self.cross = torch.zeros_like(self.hessian) if cross else None
         self.tokens = torch.zeros(batch, dtype=torch.int64)
 
-    def add(self, index: int, x: Tensor, original: Tensor | None = None, weights: Tensor | None = None) -> None:
-        """Count `x` `[tokens, in]`, read by matrix `index` of the batch; `weights` `[tokens]` are optional."""
+    def add(self, index: int, x: Tensor, original: Tensor | None = None) -> None:
+        """Count `x` `[tokens, in]`, read by matrix `index` of the batch, and what the original model's reads."""
         self.tokens[index] += len(x)
         for start in range(0, len(x), CHUNK):
             part = slice(start, start + CHUNK)
-            right = x[part].float()
-            left = right if weights is None else right * weights[part, None]
-            self.hessian[index].addmm_(left.T, right)
+            read = x[part].float()
+            self.hessian[index].addmm_(read.T, read)
             if self.cross is not None:
-                left = original[part].float() if weights is None else original[part].float() * weights[part, None]
-                self.cross[index].addmm_(left.T, right)
+                self.cross[index].addmm_(original[part].float().T, read)
 
     def shrunk(self, prior: float) -> Tensor:
         """Hessians per token, those of matrices that saw few tokens drawn toward the mean of all, `[batch, in, in]`.
