@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
 from gsq.errors import UserError
 
@@ -101,7 +101,9 @@ class Refine(Section):
     scale_lr: float = Field(0.004, ge=0, description="of scales, relative to their size")
     weight_decay: float = Field(0.0, ge=0, description="of logits")
     betas: tuple[float, float] = Field((0.9, 0.95), description="Lion's momentum factors")
-    tau: tuple[float, float] = Field((0.5, 0.05), description="softmax temperature, first to last step, geometric")
+    tau: tuple[PositiveFloat, PositiveFloat] = Field(
+        (0.5, 0.05), description="softmax temperature, first to last step, geometric"
+    )
     kappa: tuple[float, float] = Field((100.0, 500.0), description="gain of the logits, first to last step, linear")
     gap: float = Field(
         0.06, gt=0, description="starting logit of a level one scale away from the wanted weight, negated"

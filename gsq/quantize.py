@@ -83,7 +83,6 @@ class LayerWork:
         self.current = copy.deepcopy(original)
         self.timer = Timer()
         self.quantized: Quantized = {}
-        self.free: dict[str, Tensor] = {}
         self.hessians: dict[str, Tensor] = {}
         self.wanted: dict[str, Tensor] = {}
         self.errors: dict[str, dict] = {}
@@ -154,14 +153,10 @@ class LayerWork:
             joined = torch.cat([w if w.ndim == 3 else w[None] for w in given], dim=1)  # [batch, out, in]
             aim = joined if moments.cross is None else answer_original(joined, moments, hessian)
             found, errors = self._quantize(aim, hessian, codebook)
-            free = free_values(aim, found, hessian)
-            for name, w, *parts in zip(
-                group, given, found.codes.split(rows, 1), found.scales.split(rows, 1), free.split(rows, 1),
-                aim.split(rows, 1), strict=True,
-            ):  # fmt: skip
-                codes, scales, value, target = (part.reshape(*w.shape[:-1], -1) for part in parts)
-                self._set(name, QuantizedTensor(codes, scales, codebook))
-                self.free[name], self.wanted[name], self.hessians[name] = value, target.view(-1, *w.shape[-2:]), hessian
+            parts = zip(found.codes.split(rows, 1), found.scales.split(rows, 1), aim.split(rows, 1), strict=True)
+            for name, w, (codes, scales, wanted) in zip(group, given, parts, strict=True):
+                self.wanted[name], self.hessians[name] = wanted, hessian
+                self._set(name, QuantizedTensor(codes.reshape(w.shape), scales.reshape(*w.shape[:-1], -1), codebook))
                 self.errors[name] = errors | {"gsq": None}
         if len(moments.tokens) > 1:
             self.event("coverage", layer=self.index, target=group[0], tokens=moments.tokens.tolist())
@@ -231,14 +226,17 @@ class LayerWork:
 
     def _refine(self, targets: list[str], module_path: str, calls: Calls, wanted: Tensor, weights: Tensor) -> None:
         """Refine one stage by each objective in turn."""
-        schedule = self.recipe.schedule
+        schedule, init = self.recipe.schedule, {name: self.quantized[name] for name in targets}
         inside = {name: name.removeprefix(module_path + ".") if module_path else name for name in targets}
         for objective_name in self.recipe.objectives:
             objective = self._objective(objective_name, inside, module_path, calls, wanted, weights)
             start = time.perf_counter()
+            if self._error(objective, inside, init) < self._error(objective, inside, self.quantized):
+                for name in targets:
+                    self._set(name, init[name])
             refined = refine(
                 {inside[name]: self.quantized[name] for name in targets},
-                {inside[name]: self.free[name] for name in targets},
+                {inside[name]: self._free_values(name) for name in targets},
                 objective,
                 schedule,
                 self.recipe.seed,
@@ -268,16 +266,25 @@ class LayerWork:
     def _take(self, refined: Refined, inside: dict[str, str], module_path: str, seconds: float) -> None:
         for full, short in inside.items():
             self._set(full, refined.targets[short])
-            aim, hessian = self.wanted[full], self.hessians[full]
-            q = refined.targets[short]
-            batched = QuantizedTensor(q.codes.view(aim.shape), q.scales.view(*aim.shape[:-1], -1), q.codebook)
-            self.errors[full]["gsq"] = relative_error(aim, batched, hessian)
-            self.free[full] = free_values(aim, batched, hessian).view(q.codes.shape)
+            self.errors[full]["gsq"] = relative_error(self.wanted[full], self._batched(full), self.hessians[full])
         self.event(
             "stage", layer=self.index, stage=module_path or "layer", error_init=refined.error_init,
             error_final=refined.error_final, accepted=refined.error_final < refined.error_init,
             best_step=refined.best_step, steps=self.recipe.schedule.steps, seconds=seconds,
         )  # fmt: skip
+
+    def _error(self, objective: Objective, inside: dict[str, str], quantized: Quantized) -> float:
+        return objective.error({short: quantized[full].dequantize() for full, short in inside.items()})
+
+    def _free_values(self, name: str) -> Tensor:
+        """Where each weight of a target would like to be, `[..., out, in]`: the start of its logits."""
+        free = free_values(self.wanted[name], self._batched(name), self.hessians[name])
+        return free.view(self.quantized[name].codes.shape)
+
+    def _batched(self, name: str) -> QuantizedTensor:
+        """A target as it is now, as a batch `[batch, out, in]`."""
+        q, shape = self.quantized[name], self.wanted[name].shape
+        return QuantizedTensor(q.codes.view(shape), q.scales.view(*shape[:-1], -1), q.codebook)
 
     def _set(self, name: str, quantized: QuantizedTensor) -> None:
         self.quantized[name] = quantized

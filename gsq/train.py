@@ -10,6 +10,7 @@ Then export, verify the export against the run, and measure it.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -54,6 +55,8 @@ def train(
 
     `started` is told of the run when all that can be checked was checked.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("a run is one process as yet; start it with `accelerate launch --num_processes 1`")
     folder = folder or Path(config.run or "runs/gsq")
     keep_freed_memory()
     skeleton, plan = prepare(config, pick_device())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gsq.device import activation_dtype
 from gsq.errors import UserError
+from gsq.model.resolve import load_tokenizer
 
 # Short names of hub datasets: repository, configuration, split, column
 DATASETS = {
@@ -22,6 +23,7 @@ DATASETS = {
     "open-thoughts": ("open-thoughts/OpenThoughts-114k", "default", "train", "conversations"),
 }
 FIELDS = ("text", "content", "conversations", "messages", "question", "answer", "prompt", "response")
+FILES = {".txt", ".md", ".json", ".jsonl"}  # a hub id may hold a dot, but not end like these
 SELF_BATCH = 64  # sequences sampled at once
 
 
@@ -31,9 +33,7 @@ def calibration_tokens(source: str, folder: Path, windows: int, length: int, see
         return sample_from_model(folder, windows, length, seed, device)
     if source.endswith(".safetensors"):
         return stored_tokens(Path(source).expanduser(), windows, length)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     texts = _local_texts(source) if _is_local(source) else _dataset_texts(source, seed)
     return pack(texts, tokenizer, windows, length, source)
 
@@ -74,6 +74,9 @@ def sample_from_model(folder: Path, windows: int, length: int, seed: int, device
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=activation_dtype(device)).to(device).eval()
+    damaged = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if damaged:
+        raise UserError(f"{damaged[0]} holds NaN or Inf; the source checkpoint is damaged, download it again")
     parts = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -90,11 +93,8 @@ def sample_from_model(folder: Path, windows: int, length: int, seed: int, device
 
 def _is_local(source: str) -> bool:
     local = bool(_local_paths(source))
-    if (
-        not local
-        and source not in DATASETS
-        and (source.startswith((".", "/", "~")) or "*" in source or "." in Path(source).name)
-    ):
+    looks_local = source.startswith((".", "/", "~")) or "*" in source or Path(source).suffix in FILES
+    if looks_local and not local:
         raise UserError(f"calib.source {source!r} does not exist")
     return local
 
