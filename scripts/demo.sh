@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SmolLM2-135M-Instruct at 2 bits on a CPU, beside round-to-nearest and GPTQ: quantized, exported, verified, measured.
 # Usage: demo.sh [folder]. Run again, it goes on where it stopped.
-source "$(dirname "$0")/env.sh"
+source "$(dirname "$0")/env.sh" ""
 out=${1:-runs/demo}
 mkdir -p "$out"
 # The model comes as a PyPI package: a GGUF file, which is dequantized once.
