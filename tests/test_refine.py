@@ -120,6 +120,13 @@ def test_the_hard_result_is_the_start_even_if_wanted_is_far_away(away: float):
     assert torch.equal(relax(start, wanted).hard().codes, start.codes)
 
 
+def test_the_likeliest_level_is_the_first_of_the_largest(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(relaxation, "CHUNK", 7)
+    logits = torch.randint(0, 3, (5, 100), generator=torch.Generator().manual_seed(0)).float()
+    expected = [row.index(max(row)) for row in logits.T.tolist()]
+    assert relaxation.likeliest(logits).tolist() == expected
+
+
 @codebooks
 def test_cold_soft_weights_are_the_hard_ones(codebook: Codebook):
     start = scattered(codebook, 4, 64)

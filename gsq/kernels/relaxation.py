@@ -106,6 +106,19 @@ def lion_step(
         m.lerp_(g, 1 - betas[1])
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """Index uint8 `[N]` of the largest logit of each weight, the first of equals."""
+    index = torch.empty(logits.shape[1], dtype=torch.uint8, device=logits.device)
+    for start in range(0, len(index), CHUNK):  # argmax over a dimension that is not the last one is slow on a CPU
+        part = slice(start, start + CHUNK)
+        best = logits[0, part].clone()
+        index[part] = 0
+        for k in range(1, len(logits)):
+            index[part].masked_fill_(logits[k, part] > best, k)
+            torch.maximum(best, logits[k, part], out=best)
+    return index
+
+
 def _window_levels(levels: Tensor, window: Tensor, count: int) -> Tensor:
     """Levels `[count, n]` that the logits of a chunk stand for."""
     return levels[window.int()[None] + torch.arange(count, device=window.device, dtype=torch.int32)[:, None]]

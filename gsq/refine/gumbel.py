@@ -108,7 +108,7 @@ class Relaxation:
 
     def hard(self) -> QuantizedTensor:
         """The quantized tensor that the logits now stand for, scales rounded to their stored dtype."""
-        codes = self.logits.argmax(0).to(torch.uint8)
+        codes = relaxation.likeliest(self.logits)
         if self.window is not None:
             codes += self.window
         scales = self._scales().to(self.codebook.scale_dtype)
