@@ -71,15 +71,6 @@ class Finished:
     dense: Path
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These matrices are so small that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text"))

@@ -13,7 +13,6 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from models import tiny_llama
 from safetensors import SafetensorError
@@ -28,13 +27,9 @@ FIRST = "model-00001-of-"  # begins the name of a shard
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """One thread, for speed; no network; and paths relative to a folder of the test's own."""
+    """No network, and paths relative to a folder of the test's own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

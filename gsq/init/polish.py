@@ -88,7 +88,8 @@ def refit_scales(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor) -
         normal[..., group, :] = (product * levels).unflatten(-1, (groups, size)).sum(-1)
     trace = normal.diagonal(dim1=-2, dim2=-1)
     empty = torch.where(trace > 0, 1e-6 * trace, 1.0)  # a group of zero levels has no say
-    solution, info = torch.linalg.solve_ex(normal + torch.diag_embed(empty), target)
+    lower, info = torch.linalg.cholesky_ex(normal + torch.diag_embed(empty))
+    solution = torch.cholesky_solve(target[..., None], lower)[..., 0]
     solved = (info == 0)[..., None] & torch.isfinite(solution) & (trace > 0)
     scales = torch.where(solved, solution, quantized.scales.float()).to(codebook.scale_dtype)
     refitted = QuantizedTensor(quantized.codes, scales, codebook)
