@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +24,7 @@ from transformers import AutoTokenizer
 from gsq.calib.tokens import calibration_tokens
 from gsq.config import Config, load_config
 from gsq.device import activation_dtype, pick_device
+from gsq.errors import UserError
 from gsq.eval.quality import FinalStates, compare, eval_tokens, final_states
 from gsq.export.base import open_model
 from gsq.files import save_tensors
@@ -33,7 +35,7 @@ PLAIN = ["init.polish=0", "init.answer_original=false", "refine.enabled=false"]
 ROWS: dict[str, list[str]] = {
     "RTN": [*PLAIN, "init.method=rtn"],
     "GPTQ": PLAIN,
-    "GPTQ + polish": [*PLAIN[1:], "init.polish=2"],
+    "GPTQ + polish": PLAIN[1:],
     "corrected GPTQ + polish": ["refine.enabled=false"],
     "GSQ hessian": ["refine.objective=hessian"],
     "GSQ output": ["refine.objective=output"],
@@ -49,12 +51,14 @@ def main(
     rows: Annotated[str, typer.Option(help="comma-separated names; default: all but the last, `GSQ`")] = "",
     external: Annotated[list[str], typer.Option(help="NAME=DIR of a dense checkpoint")] = [],  # noqa: B006
     overrides: Annotated[list[str], typer.Option("--set")] = [],  # noqa: B006
-    extra: Annotated[list[str], typer.Option(help="NAME:key=value,... a row of your own")] = [],  # noqa: B006
+    extra: Annotated[list[str], typer.Option(help="NAME:key=value;... a row of your own")] = [],  # noqa: B006
     windows: int = 20,
     length: int = 1024,
 ) -> None:
     """Run what is missing, then write table.md and table.json."""
     names = [] if rows == "none" else rows.split(",") if rows else list(ROWS)[:-1]
+    if unknown := set(names) - set(ROWS):
+        raise UserError(f"no row {', '.join(unknown)}; rows: {', '.join(ROWS)}")
     chosen = {name: ROWS[name] for name in names}
     for row in extra:
         name, _, settings = row.partition(":")
@@ -89,8 +93,7 @@ def sample_once(config: Config, source: Path, file: Path) -> Path:
 
 def quantize(config: Path, settings: list[str], folder: Path) -> dict:
     """Run or resume; seconds in all and per layer and phase, as the run journalled them."""
-    if not (folder / "report.html").exists():
-        train(load_config(config, settings), folder, resume=folder.exists())
+    train(load_config(config, settings), folder, resume=folder.exists())
     journal = [json.loads(line)["seconds"] for line in (folder / "journal.jsonl").read_text().splitlines()]
     phases = {phase: sum(line.get(phase, 0) for line in journal) / len(journal) for phase in journal[-1]}
     return {"seconds": sum(line["total"] for line in journal), "seconds_per_layer": phases}
@@ -138,4 +141,7 @@ def save(results: list[dict], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, ValidationError
 
 from gsq.errors import UserError
 
 FREE = {"free": True}  # json_schema_extra of settings that a resumed run may change
 Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -40,7 +41,7 @@ class Calib(Section):
         "self", description="hub dataset, file or glob of text or JSONL, tokens of another run, or `self`"
     )
     windows: Positive = Field(128, description="windows of tokens, held-out ones included")
-    length: Positive = Field(512, description="tokens in a window")
+    length: int = Field(512, ge=2, description="tokens in a window")
     validation: Positive = Field(16, description="windows, of `windows`, held out to judge hard results")
     batch: Positive = Field(8, description="windows pushed through a layer at once")
 
@@ -100,11 +101,13 @@ class Refine(Section):
     lr: float = Field(0.001, gt=0, description="of logits")
     scale_lr: float = Field(0.004, ge=0, description="of scales, relative to their size")
     weight_decay: float = Field(0.0, ge=0, description="of logits")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="Lion's momentum factors")
+    betas: tuple[Share, Share] = Field((0.9, 0.95), description="Lion's momentum factors")
     tau: tuple[PositiveFloat, PositiveFloat] = Field(
         (0.5, 0.05), description="softmax temperature, first to last step, geometric"
     )
-    kappa: tuple[float, float] = Field((100.0, 500.0), description="gain of the logits, first to last step, linear")
+    kappa: tuple[PositiveFloat, PositiveFloat] = Field(
+        (100.0, 500.0), description="gain of the logits, first to last step, linear"
+    )
     gap: float = Field(
         0.06, gt=0, description="starting logit of a level one scale away from the wanted weight, negated"
     )
@@ -130,9 +133,9 @@ class Eval(Section):
 class Tracking(Section):
     """Weights & Biases."""
 
-    wandb: Literal["online", "offline", "off"] = Field(
-        "off", description="where a run is logged besides its folder", json_schema_extra=FREE
-    )
+    wandb: Annotated[Literal["online", "offline", "off"], BeforeValidator(lambda v: "off" if v is False else v)] = (
+        Field("off", description="where a run is logged besides its folder", json_schema_extra=FREE)
+    )  # YAML reads a bare `off` as false
     project: str = Field("gsq", description="project there", json_schema_extra=FREE)
     name: str | None = Field(None, description="name there; default: the run folder's", json_schema_extra=FREE)
 
@@ -151,7 +154,7 @@ class Config(Section):
     run: str | None = Field(
         None, description="run folder; default: runs/<name of the config file>", json_schema_extra=FREE
     )
-    seed: int = Field(0, description="of sampled tokens, order of windows, noise")
+    seed: int = Field(0, ge=0, lt=2**31, description="of sampled tokens, order of windows, noise")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of activations; auto: bfloat16 where the processor multiplies it natively"
     )

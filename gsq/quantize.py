@@ -22,6 +22,7 @@ from gsq.calib.hessian import Moments, answer_original
 from gsq.calib.observe import ObserveLinears, shared_inputs
 from gsq.calib.stream import Calls, Stream
 from gsq.codebook import Codebook, QuantizedTensor
+from gsq.errors import UserError
 from gsq.init.gptq import damped, gptq
 from gsq.init.polish import free_values, polish, relative_error
 from gsq.init.rtn import round_to_nearest
@@ -110,20 +111,26 @@ class LayerWork:
         return self.quantized, behind
 
     def _groups(self) -> list[list[str]]:
-        """Targets that share inputs and codebook, in the order in which the layer reads them."""
+        """Targets that share inputs, codebook and stage, in the order in which the layer reads them."""
         sample = slice(0, min(self.stream.batch, len(self.stream.tokens)))
         run = lambda: self.stream.run(self.original, self.index, sample)  # noqa: E731
         groups = []
         for group in shared_inputs(self.original, self.codebooks, run):
-            for codebook in dict.fromkeys(self.codebooks[name] for name in group):
-                groups.append([name for name in group if self.codebooks[name] == codebook])
+            alike: dict[tuple, list[str]] = {}
+            for name in group:
+                alike.setdefault((self.codebooks[name], self._stage_of(name)), []).append(name)
+            groups += alike.values()
         return groups
+
+    def _stage_of(self, name: str) -> str:
+        """The layer (""), or the direct child of it that holds a target."""
+        return "" if self.recipe.whole_layer else name.split(".")[0]
 
     def _stages(self, groups: list[list[str]]) -> list[list[str]]:
         """All targets of the layer, or those of each of its direct children; none of a layer that is kept."""
         stages: dict[str, list[str]] = {}
         for name in (name for group in groups for name in group):
-            stages.setdefault("" if self.recipe.whole_layer else name.split(".")[0], []).append(name)
+            stages.setdefault(self._stage_of(name), []).append(name)
         return list(stages.values())
 
     def _record(self, module_path: str) -> tuple[Calls, Tensor]:
@@ -151,8 +158,13 @@ class LayerWork:
             given = [self.original.get_parameter(name).float() for name in group]
             rows = [w.shape[-2] for w in given]
             joined = torch.cat([w if w.ndim == 3 else w[None] for w in given], dim=1)  # [batch, out, in]
-            aim = joined if moments.cross is None else answer_original(joined, moments, hessian)
-            found, errors = self._quantize(aim, hessian, codebook)
+            try:
+                aim = joined if moments.cross is None else answer_original(joined, moments, hessian)
+                found, errors = self._quantize(aim, hessian, codebook)
+            except torch.linalg.LinAlgError:
+                raise UserError(
+                    f"layer {self.index}, {group[0]}: the Hessian is not positive definite; raise init.damping"
+                ) from None
             parts = zip(found.codes.split(rows, 1), found.scales.split(rows, 1), aim.split(rows, 1), strict=True)
             for name, w, (codes, scales, wanted) in zip(group, given, parts, strict=True):
                 self.wanted[name], self.hessians[name] = wanted, hessian
@@ -187,6 +199,11 @@ class LayerWork:
                 self._watch(self.original, self.originals, group[0], part, lambda e, x, a=answers: a.update(x=x))
             add = lambda e, x, a=answers: moments.add(e, x, a.get("x"))  # noqa: E731
             self._watch(self.current, self.stream, group[0], part, add)
+        if not moments.tokens.any():
+            raise UserError(
+                f"layer {self.index} never multiplies with {group[0]} as a Linear does (transposed or unused weights "
+                "cannot be quantized); add a rule with keep: true for it"
+            )
         return moments
 
     def _watch(
@@ -228,10 +245,10 @@ class LayerWork:
         """Refine one stage by each objective in turn."""
         schedule, init = self.recipe.schedule, {name: self.quantized[name] for name in targets}
         inside = {name: name.removeprefix(module_path + ".") if module_path else name for name in targets}
-        for objective_name in self.recipe.objectives:
+        for number, objective_name in enumerate(self.recipe.objectives):
             objective = self._objective(objective_name, inside, module_path, calls, wanted, weights)
             start = time.perf_counter()
-            if self._error(objective, inside, init) < self._error(objective, inside, self.quantized):
+            if number and self._error(objective, inside, init) < self._error(objective, inside, self.quantized):
                 for name in targets:
                     self._set(name, init[name])
             refined = refine(
@@ -246,7 +263,7 @@ class LayerWork:
                     steps=schedule.steps, loss=loss, lr=at.lr, tau=at.tau, kappa=at.kappa,
                 ),
             )  # fmt: skip
-            self._take(refined, inside, module_path, time.perf_counter() - start)
+            self._take(refined, inside, module_path, objective_name, time.perf_counter() - start)
 
     def _objective(
         self, name: str, inside: dict[str, str], module_path: str, calls: Calls, wanted: Tensor, weights: Tensor
@@ -263,12 +280,12 @@ class LayerWork:
             module, calls, wanted, weights, recipe.held_out, recipe.windows_per_step, self.stream.batch, order
         )
 
-    def _take(self, refined: Refined, inside: dict[str, str], module_path: str, seconds: float) -> None:
+    def _take(self, refined: Refined, inside: dict[str, str], module_path: str, objective: str, seconds: float) -> None:
         for full, short in inside.items():
             self._set(full, refined.targets[short])
             self.errors[full]["gsq"] = relative_error(self.wanted[full], self._batched(full), self.hessians[full])
         self.event(
-            "stage", layer=self.index, stage=module_path or "layer", error_init=refined.error_init,
+            "stage", layer=self.index, stage=module_path or "layer", objective=objective, error_init=refined.error_init,
             error_final=refined.error_final, accepted=refined.error_final < refined.error_init,
             best_step=refined.best_step, steps=self.recipe.schedule.steps, seconds=seconds,
         )  # fmt: skip

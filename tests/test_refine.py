@@ -556,7 +556,7 @@ def test_refinement_improves(case: Callable, share: float):
 
 @codebooks
 def test_refinement_improves_with_every_codebook(codebook: Codebook):
-    found = run(hessian_case(codebook), Schedule(60, lr=0.01))
+    found = run(hessian_case(codebook), Schedule(60, lr=0.01, tau=(2.0, 0.05)))
     check(found, hessian_case(codebook))
     assert found.error_final < found.error_init
 

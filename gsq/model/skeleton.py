@@ -25,7 +25,7 @@ from gsq.model.targets import EXPERT_PARTS, sources
 class Skeleton:
     """The model of a checkpoint on the meta device.
 
-    Attributes: `num_layers` (that will be walked), `hidden_size`, `layer_names` (their paths in the module tree).
+    Attributes: `num_layers` (that will be walked) and `layer_names` (their paths in the module tree).
     """
 
     def __init__(

@@ -21,13 +21,13 @@ class Schedule:
     """How a stage is annealed over `steps`; the schedules fit any number of steps exactly."""
 
     steps: int
-    lr: float = 0.004  # of logits, at the start
+    lr: float = 0.001  # of logits, at the start
     scale_lr: float = 0.004  # of scales, relative to their size
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
-    tau: tuple[float, float] = (2.0, 0.05)
+    tau: tuple[float, float] = (0.5, 0.05)
     kappa: tuple[float, float] = (100.0, 500.0)
-    gap: float = 0.06  # logit of the initial code above the others
+    gap: float = 0.06  # starting logit of a level one scale away from the wanted weight, negated
     noise: float = 0.0  # amplitude of the Gumbel noise
     checks: int = 4  # times that the hard result is judged on the way
 
