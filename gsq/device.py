@@ -9,9 +9,9 @@ import sys
 import torch
 
 
-def pick_device(index: int = 0) -> torch.device:
+def pick_device() -> torch.device:
     """The accelerator of this process, else the CPU."""
-    return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def activation_dtype(device: torch.device, wanted: str = "auto") -> torch.dtype:

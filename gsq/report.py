@@ -42,7 +42,7 @@ METHODS = {
     "polish": ("GPTQ + polish", "#2f86c9", "D"),
     "gsq": ("GSQ", "#009e73", "o"),
 }
-PHASES = {"hessian": "#2f86c9", "init": "#d55e00", "refine": "#009e73", "push": "#cc79a7", "io": "#c9a400"}
+PHASES = {"hessian": "#2f86c9", "init": "#d55e00", "refine": "#009e73", "push": "#cc79a7", "teacher": "#c9a400"}
 OTHER = "#8a8f98"
 
 FIGURE_STYLE = {
@@ -216,7 +216,10 @@ def errors(run: Run) -> str | None:
     _layer_axis(axes)
     axes.set_ylabel("relative error")
     _legend(axes)
-    note = "tr(D H Dᵀ) / tr(W H Wᵀ): D the change of the weights, H the Hessian of their inputs; mean of the targets."
+    note = (
+        "tr(D H Dᵀ) / tr(W H Wᵀ): W the wanted weights (corrected toward the original's outputs, if the init aims at "
+        "them), D what the quantized ones lack of them, H the Hessian of their inputs; mean of the targets."
+    )
     return _section("Weight error by layer", note, _svg(figure, "errors"))
 
 
@@ -245,7 +248,7 @@ def refinement(run: Run) -> str | None:
     accepted = [event for events in stages.values() for event in events if event.get("accepted")]
     gains = [1 - event["error_final"] / event["error_init"] for event in accepted if event.get("error_final")]
     total = sum(map(len, stages.values()))
-    note = "Error of the stage's output on tokens kept out of calibration. "
+    note = "Error of the stage's output on tokens kept out of calibration (`hessian`: of the quadratic objective). "
     note += f"Refinement was accepted in {len(accepted)} of {total} stages"
     note += f", and lowered the error there by {np.median(gains):.0%} (median)." if gains else "."
     note += " A ring alone: the init was kept." if len(accepted) < total else ""

@@ -207,7 +207,7 @@ class _Console:
         self.console = console
         self.layers, self.done = layers, done
         self.stages: list[dict] = []  # of the current layer
-        self.seconds: list[float] = []  # of the layers done in this session
+        self.seconds: list[float] = []  # of the layers done since this start
         self.coverage: list[int] = []  # tokens by expert of the current layer
 
     def line(self, kind: str, fields: dict) -> str | None:

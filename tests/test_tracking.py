@@ -12,7 +12,7 @@ from rich.console import Console
 from gsq.tracking import METRICS, WANDB_ID, Tracker, read_metrics, short_name
 
 PLAN = {"bits_per_weight": 2.25, "bytes_before": 2_000_000_000, "bytes_after": 400_000_000, "targets": 14, "layers": 2}
-SECONDS = {"hessian": 1.0, "init": 2.0, "refine": 3.0, "push": 0.5, "io": 0.5, "total": 7.0}
+SECONDS = {"hessian": 1.0, "init": 2.0, "refine": 3.0, "push": 0.5, "teacher": 0.5, "total": 7.0}
 
 
 def console(terminal=False):

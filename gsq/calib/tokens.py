@@ -16,11 +16,11 @@ from gsq.device import activation_dtype
 from gsq.errors import UserError
 from gsq.model.resolve import load_tokenizer
 
-# Short names of hub datasets: repository, configuration, split, column
+# Short names of hub datasets: repository, configuration, split
 DATASETS = {
-    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", "text"),
-    "c4": ("allenai/c4", "en", "train", "text"),
-    "open-thoughts": ("open-thoughts/OpenThoughts-114k", "default", "train", "conversations"),
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train"),
+    "c4": ("allenai/c4", "en", "train"),
+    "open-thoughts": ("open-thoughts/OpenThoughts-114k", "default", "train"),
 }
 FIELDS = ("text", "content", "conversations", "messages", "question", "answer", "prompt", "response")
 FILES = {".txt", ".md", ".json", ".jsonl"}  # a hub id may hold a dot, but not end like these
@@ -128,7 +128,7 @@ def _json_texts(path: Path) -> Iterator[str]:
 def _dataset_texts(source: str, seed: int) -> Iterator[str]:
     import datasets
 
-    repository, name, split, _ = DATASETS.get(source, (source, None, "train", None))
+    repository, name, split = DATASETS.get(source, (source, None, "train"))
     try:
         stream = datasets.load_dataset(repository, name, split=split, streaming=True)
         for row in stream.shuffle(seed=seed, buffer_size=1000):

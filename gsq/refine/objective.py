@@ -94,13 +94,16 @@ class OutputObjective:
         dtype = self.wanted.dtype
         leaves = {name: weight.detach().to(dtype).requires_grad_() for name, weight in weights.items()}
         chosen = self.order(step, self.training)[: self.per_step]
-        total = 0.0
+        total, sums = 0.0, {name: torch.zeros_like(leaf, dtype=torch.float32) for name, leaf in leaves.items()}
         for windows in chosen.split(self.micro_batch):
             loss = self._squared_error(leaves, windows) / (self._size * len(chosen))
             loss.backward()
             total += float(loss.detach())
-        reached = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
-        return total, reached
+            for name, leaf in leaves.items():  # in float32, so that the micro-batch's size does not matter
+                if leaf.grad is not None:
+                    sums[name] += leaf.grad
+                leaf.grad = None
+        return total, sums
 
     @torch.no_grad()
     def error(self, weights: Weights) -> float:
@@ -143,6 +146,6 @@ def epochs(seed: int) -> Callable[[int, int], Tensor]:
     return order
 
 
-def cosine(progress: float, end: float = 0.0) -> float:
-    """From 1 at `progress` 0 to `end` at 1."""
-    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))
+def cosine(progress: float) -> float:
+    """From 1 at `progress` 0 to 0 at 1."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
