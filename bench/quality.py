@@ -19,17 +19,15 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from transformers import AutoTokenizer
 
-from gsq.calib.tokens import calibration_tokens
 from gsq.config import Config, load_config
 from gsq.device import activation_dtype, pick_device
 from gsq.errors import UserError
 from gsq.eval.quality import FinalStates, compare, eval_tokens, final_states
 from gsq.export.base import open_model
 from gsq.files import save_tensors
-from gsq.model.resolve import resolve_model
-from gsq.train import train
+from gsq.model.resolve import load_tokenizer, resolve_model
+from gsq.train import tokens_for, train
 
 PLAIN = ["init.polish=0", "init.answer_original=false", "refine.enabled=false"]
 ROWS: dict[str, list[str]] = {
@@ -65,10 +63,10 @@ def main(
         chosen[name] = settings.split(";")
     base_config = load_config(config, overrides)
     source = resolve_model(base_config.model.name)
-    tokens = eval_tokens(text, AutoTokenizer.from_pretrained(source), windows, length)
+    tokens = eval_tokens(text, load_tokenizer(source), windows, length)
     base = measure_states(source, tokens)
     calibration = sample_once(base_config, source, out / "tokens.safetensors")
-    results = [{"method": "original", **quality_of_base(base), "bytes": stored_bytes(source)}]
+    results = [{"method": "original", **compare(base, base), "bytes": stored_bytes(source)}]
     for name, settings in chosen.items():
         folder = out / "".join(c if c.isalnum() else "-" for c in name.lower())
         seconds = quantize(config, [*overrides, *settings, f"calib.source={calibration}"], folder)
@@ -82,21 +80,22 @@ def main(
 def sample_once(config: Config, source: Path, file: Path) -> Path:
     """The calibration tokens of all rows, made by the first."""
     if not file.exists():
-        calib = config.calib
-        tokens = calibration_tokens(
-            calib.source, source, calib.windows, calib.length, config.seed, pick_device()
-        )  # fmt: skip
+        tokens = tokens_for(config, source, pick_device())
         file.parent.mkdir(parents=True, exist_ok=True)
         save_tensors({"tokens": tokens.contiguous()}, file)
     return file
 
 
 def quantize(config: Path, settings: list[str], folder: Path) -> dict:
-    """Run or resume; seconds in all and per layer and phase, as the run journalled them."""
+    """Run or resume; seconds in all, of all processors, and per layer and phase, as the run journalled them."""
     train(load_config(config, settings), folder, resume=folder.exists())
-    journal = [json.loads(line)["seconds"] for line in (folder / "journal.jsonl").read_text().splitlines()]
-    phases = {phase: sum(line.get(phase, 0) for line in journal) / len(journal) for phase in journal[-1]}
-    return {"seconds": sum(line["total"] for line in journal), "seconds_per_layer": phases}
+    journal = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    seconds = [line["seconds"] for line in journal]
+    return {
+        "seconds": sum(line["total"] for line in seconds),
+        "cpu_seconds": sum(line["cpu_seconds"] for line in journal),
+        "seconds_per_layer": {p: sum(line.get(p, 0) for line in seconds) / len(seconds) for p in seconds[-1]},
+    }
 
 
 def measure_states(folder: Path, tokens: torch.Tensor) -> FinalStates:
@@ -109,11 +108,6 @@ def quality(folder: Path, tokens: torch.Tensor, base: FinalStates) -> dict:
     """KL, perplexity and size of a checkpoint."""
     result = compare(measure_states(folder, tokens), base)
     return result | {"bytes": stored_bytes(folder)}
-
-
-def quality_of_base(base: FinalStates) -> dict:
-    """The original model compared with itself."""
-    return compare(base, base)
 
 
 def stored_bytes(folder: Path) -> int:

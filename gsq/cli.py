@@ -148,10 +148,9 @@ def report(
     console.print(f"wrote {write_report(run, out or run / 'report.html')}")
 
 
-def show_start(run: Run) -> None:
-    """What a run is about to do."""
+def show_start(run: Run, finished: int) -> None:
+    """What a run is about to do, behind its `finished` layers."""
     show_plan(run.plan)
-    finished = len(run.finished())
     if finished:
         console.print(f"continuing {run.folder} behind {finished} finished layers")
 

@@ -26,6 +26,7 @@ from gsq.errors import UserError
 from gsq.init.gptq import damped, gptq
 from gsq.init.polish import free_values, polish, relative_error
 from gsq.init.rtn import round_to_nearest
+from gsq.model.skeleton import SeenEnough
 from gsq.refine.loop import Quantized, Refined, Schedule, refine
 from gsq.refine.objective import HessianObjective, Objective, OutputObjective, epochs, token_weights
 
@@ -143,10 +144,13 @@ class LayerWork:
         try:
             for part in self.stream.parts():
                 size = part.stop - part.start
-                outputs.append(self.stream.run(self.current, self.index, part))
+                output = self.stream.run(self.current, self.index, part)
+                if module_path:  # the layer's own calls hold it already
+                    outputs.append(output)
         finally:
             handle.remove()
-        return calls.finish(), torch.cat(outputs)
+        calls.finish()
+        return calls, torch.cat(outputs) if module_path else calls.outputs
 
     def _initialize(self, group: list[str]) -> None:
         """Quantize one group by the recipe's method, and put the result into the current layer."""
@@ -215,9 +219,9 @@ class LayerWork:
         def seen(_: str, expert: int, x: Tensor) -> None:
             see(expert, x)
             if weight.ndim == 2:
-                raise _Enough
+                raise SeenEnough
 
-        with suppress(_Enough), ObserveLinears({name: weight}, seen):
+        with suppress(SeenEnough), ObserveLinears({name: weight}, seen):
             stream.run(layer, self.index, part)
 
     def _training_parts(self) -> Iterable[slice]:
@@ -307,10 +311,6 @@ class LayerWork:
         self.quantized[name] = quantized
         parameter = self.current.get_parameter(name)
         parameter.data.copy_(quantized.dequantize())
-
-
-class _Enough(Exception):
-    """Ends a forward whose rest is of no interest."""
 
 
 def common_module(targets: list[str]) -> str:

@@ -49,11 +49,14 @@ from gsq.tracking import Tracker
 
 
 def train(
-    config: Config, folder: Path | None = None, resume: bool = False, started: Callable[[Run], None] = lambda run: None
+    config: Config,
+    folder: Path | None = None,
+    resume: bool = False,
+    started: Callable[[Run, int], None] = lambda run, finished: None,
 ) -> Run:
     """Quantize as `config` says, into run folder `folder` (default: the config's); returns the finished run.
 
-    `started` is told of the run when all that can be checked was checked.
+    `started` is told of the run and its number of finished layers when all that can be checked was checked.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a run is one process as yet; start it with `accelerate launch --num_processes 1`")
@@ -65,14 +68,14 @@ def train(
         run = Run.resume(folder, config, skeleton.checkpoint)
     else:
         run = start(folder, config, skeleton, plan)
-    finished = run.finished()
-    check_space(folder, run.bytes_from(len(finished)))
-    started(run)
-    with tracker_for(run) as tracker:
+    finished = len(run.finished())  # asked once: it reads every finished layer
+    check_space(folder, run.bytes_from(finished))
+    started(run, finished)
+    with tracker_for(run, finished) as tracker:
         if not finished:
             tracker.event("plan", layers=skeleton.num_layers, **plan.summary())
-        if len(finished) < skeleton.num_layers:
-            walk(run, skeleton, tracker.event)
+        if finished < skeleton.num_layers:
+            walk(run, skeleton, finished, tracker.event)
         finish(run, tracker.event)
     return run
 
@@ -82,11 +85,14 @@ def start(folder: Path, config: Config, skeleton: Skeleton, plan: Plan) -> Run:
     Run.refuse_existing(folder)
     if config.export.format and (target := export_folder(folder, config)).exists():
         raise UserError(f"export folder {target} exists already; set export.out to another, or remove it")
-    calib, source = config.calib, skeleton.checkpoint
-    tokens = calibration_tokens(
-        calib.source, source.folder, calib.windows, calib.length, config.seed, skeleton.device
-    )  # fmt: skip
-    return Run.create(folder, config, plan, source, tokens)
+    source = skeleton.checkpoint
+    return Run.create(folder, config, plan, source, tokens_for(config, source.folder, skeleton.device))
+
+
+def tokens_for(config: Config, folder: Path, device: torch.device) -> Tensor:
+    """Calibration tokens `[windows, length]` that `config` asks for, of the model in `folder`."""
+    calib = config.calib
+    return calibration_tokens(calib.source, folder, calib.windows, calib.length, config.seed, device)
 
 
 def finish(run: Run, event: Callable[..., None]) -> None:
@@ -118,11 +124,11 @@ def export_folder(folder: Path, config: Config) -> Path:
     return Path(config.export.out) if config.export.out else folder / "export"
 
 
-def tracker_for(run: Run) -> Tracker:
-    """Where a run reports to; what is already measured stays for finished layers only."""
-    config, finished = run.config, {line["layer"] for line in run.finished()}
+def tracker_for(run: Run, finished: int) -> Tracker:
+    """Where a run reports to; what is already measured stays for the `finished` layers only."""
+    config = run.config
     return Tracker(
-        run.folder, keep_layers=finished, wandb=config.tracking.wandb, project=config.tracking.project,
+        run.folder, keep_layers=range(finished), wandb=config.tracking.wandb, project=config.tracking.project,
         name=config.tracking.name, config=config.model_dump(mode="json"),
     )  # fmt: skip
 
@@ -140,15 +146,14 @@ def prepare(config: Config, device: torch.device) -> tuple[Skeleton, Plan]:
     return skeleton, plan
 
 
-def walk(run: Run, skeleton: Skeleton, event: Callable[..., None]) -> None:
-    """Quantize the layers that are not finished yet, in order."""
+def walk(run: Run, skeleton: Skeleton, finished: int, event: Callable[..., None]) -> None:
+    """Quantize the layers behind the `finished` ones, in order."""
     config, plan = run.config, run.plan
     recipe = make_recipe(config)
     stream = Stream(skeleton, run.tokens(), config.calib.batch)
     originals = stream.copy() if recipe.needs_original else None
-    finished = len(run.finished())
     for index in range(skeleton.num_layers):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         layer = skeleton.load_layer(index)
         prefix = skeleton.layer_names[index] + "."
         if index < finished:  # walk on with what is already quantized
@@ -166,7 +171,9 @@ def walk(run: Run, skeleton: Skeleton, event: Callable[..., None]) -> None:
             originals.hidden = behind
         if index >= finished:
             seconds |= {"push": time.perf_counter() - before, "total": time.perf_counter() - start}
-            run.save_layer(index, {prefix + name: q for name, q in quantized.items()}, seconds=seconds)
+            cpu_seconds = time.process_time() - cpu_start  # of all threads; other programs leave it as it is
+            named = {prefix + name: q for name, q in quantized.items()}
+            run.save_layer(index, named, seconds=seconds, cpu_seconds=cpu_seconds)
             host, on_device = peak_memory(skeleton.device)
             event(
                 "layer", layer=index, layers=skeleton.num_layers, seconds=seconds, peak_rss_gb=host,

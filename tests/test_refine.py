@@ -390,13 +390,13 @@ class Experts(nn.Module):
 WINDOWS, LENGTH, SIZE = 12, 32, 16
 
 
-def in_order(step: int, windows: int) -> Tensor:
-    return (torch.arange(windows) + step) % windows
+def in_order(step: int, per_step: int, windows: int) -> Tensor:
+    return (torch.arange(per_step) + step) % windows
 
 
 def output_objective(
     module: nn.Module, held_out: int = 4, per_step: int = 8, micro_batch: int = 3, massive: float = 1.0,
-    order: Callable[[int, int], Tensor] = in_order,
+    order: Callable[[int, int, int], Tensor] = in_order,
 ) -> tuple[OutputObjective, Tensor]:  # fmt: skip
     """An objective whose module was recorded as a run records it, and the inputs that it saw."""
     x = random(WINDOWS, LENGTH, SIZE, seed=9)
@@ -490,12 +490,14 @@ def test_token_weights_are_even_for_ordinary_tokens_and_small_for_massive_ones()
     assert float(weights[3, 7]) == pytest.approx(2e-6, rel=0.3)
 
 
-def test_epochs_are_shuffled_anew_and_always_alike():
+@pytest.mark.parametrize("per_step", [1, 5, 8, 20])
+def test_epochs_show_every_window_once_before_any_again(per_step):
     order = epochs(7)
-    assert sorted(order(0, 20).tolist()) == list(range(20))
-    assert torch.equal(order(3, 20), epochs(7)(3, 20))
-    assert not torch.equal(order(3, 20), order(4, 20))
-    assert not torch.equal(order(3, 20), epochs(8)(3, 20))
+    seen = torch.cat([order(step, per_step, 20) for step in range(math.ceil(40 / per_step))])
+    assert sorted(seen[:20].tolist()) == sorted(seen[20:40].tolist()) == list(range(20))
+    assert not torch.equal(seen[:20], seen[20:40])
+    assert torch.equal(order(1, per_step, 20), seen[per_step : 2 * per_step])  # whatever was asked before
+    assert not torch.equal(order(0, 20, 20), epochs(8)(0, 20, 20))
 
 
 # The loop

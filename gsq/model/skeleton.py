@@ -52,7 +52,7 @@ class Skeleton:
         self._materialize(self.model.get_input_embeddings())
         recorders = [_Recorder(layer) for layer in self.decoder.layers]
         recorders[-1].last = True
-        with self._stand_in(recorders), suppress(_Seen):
+        with self._stand_in(recorders), suppress(SeenEnough):
             self._forward(tokens)
         return recorders[0].hidden, [recorder.kwargs for recorder in recorders[: self.num_layers]]
 
@@ -181,7 +181,7 @@ def first_tensor(output: Tensor | tuple) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-class _Seen(Exception):
+class SeenEnough(Exception):
     """Ends a forward whose rest is of no interest."""
 
 
@@ -204,7 +204,7 @@ class _Recorder(_StandIn):
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
         self.__dict__["hidden"], self.__dict__["kwargs"] = hidden_states, kwargs
         if self.last:
-            raise _Seen
+            raise SeenEnough
         return hidden_states
 
 

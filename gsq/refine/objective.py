@@ -77,11 +77,11 @@ class OutputObjective:
         held_out: int,
         per_step: int,
         micro_batch: int,
-        order: Callable[[int, int], Tensor],
+        order: Callable[[int, int, int], Tensor],
     ):
         """`wanted` `[windows, length, H]`; `token_weights` `[windows, length]`; the last `held_out` windows judge.
 
-        Each step takes `per_step` windows: `order(step, windows)` gives their indices.
+        Each step takes `per_step` windows: `order(step, per_step, windows)` gives their indices.
         """
         self.module, self.calls, self.wanted, self.token_weights = module, calls, wanted, token_weights
         self.training = len(wanted) - held_out
@@ -93,7 +93,7 @@ class OutputObjective:
         """Loss over this step's windows, relative to the size of the wanted output."""
         dtype = self.wanted.dtype
         leaves = {name: weight.detach().to(dtype).requires_grad_() for name, weight in weights.items()}
-        chosen = self.order(step, self.training)[: self.per_step]
+        chosen = self.order(step, self.per_step, self.training)
         total, sums = 0.0, {name: torch.zeros_like(leaf, dtype=torch.float32) for name, leaf in leaves.items()}
         for windows in chosen.split(self.micro_batch):
             loss = self._squared_error(leaves, windows) / (self._size * len(chosen))
@@ -133,15 +133,20 @@ def token_weights(residual: Tensor) -> Tensor:
     return weights / weights.mean()
 
 
-def epochs(seed: int) -> Callable[[int, int], Tensor]:
-    """An order that goes through shuffled windows again and again, `per_step` at a time, as `OutputObjective` asks.
+def epochs(seed: int) -> Callable[[int, int, int], Tensor]:
+    """An order for `OutputObjective`: all windows, shuffled, then all of them shuffled anew, and so on.
 
-    Step `s` starts where step `s - 1` would start after one shuffled window each; deterministic in (seed, step).
+    Each step takes up where the one before it stopped; it depends on (seed, step) alone.
     """
 
-    def order(step: int, windows: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        return torch.randperm(windows, generator=generator)
+    def order(step: int, per_step: int, windows: int) -> Tensor:
+        first, last = step * per_step // windows, ((step + 1) * per_step - 1) // windows
+        shuffled = [
+            torch.randperm(windows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+            for epoch in range(first, last + 1)
+        ]
+        place = step * per_step - first * windows
+        return torch.cat(shuffled)[place : place + per_step]
 
     return order
 
