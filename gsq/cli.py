@@ -66,6 +66,19 @@ def plan(
 
 
 @app.command()
+def convert(
+    config: ConfigFile,
+    out: Annotated[Path, typer.Option(help="folder to write; must not exist")],
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Round a model to a recipe's codebooks without calibration: a CPU and little memory are enough."""
+    from gsq.config import load_config
+    from gsq.convert import convert
+
+    show_written(convert(load_config(config, overrides), out))
+
+
+@app.command()
 def export(
     run: RunFolder,
     out: Annotated[Path, typer.Option(help="folder to write; must not exist")],

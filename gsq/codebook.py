@@ -1,22 +1,28 @@
 """What a low-bit weight format stores: codes into a short list of levels, and one scale per group.
 
-A weight group of `group_size` neighbours along the input dimension is `scale * levels[code]`.
-Every format that GSQ writes differs only in `levels`, in `group_size` and in how codes are packed,
-so initialization and refinement are written once, against this file. It knows tensors and
-nothing else: no model, no file, no config.
+A weight group of `group_size` neighbours along the input dimension is `scale * levels[code]`,
+perhaps in a rotated basis. Every format that GSQ writes differs only in `levels`, `group_size`,
+`rotation` and in how codes are packed, so initialization and refinement are written once, against
+this file. It knows tensors and nothing else: no model, no file, no config.
 
-Shapes, with `...` an optional batch of experts: weights and codes `[..., out, in]`,
-scales `[..., out, groups]`, where `groups = in / group_size`.
+Shapes, with `...` an optional batch of experts: weights `[..., out, in]`, codes `[..., out, columns]`,
+scales `[..., out, groups]`, where `columns` is `in` (rounded up where a rotation pads) and
+`groups = columns / group_size`. "In the codebook's basis" means: rotated, if it has a rotation.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from gsq.levels import gaussian_levels, sphere_levels
+from gsq.rotation import Rotation
+
+COUNTED = 15  # bounds between levels that are compared one by one
 SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -26,11 +32,16 @@ class CodebookError(ValueError):
 
 @dataclass(frozen=True)
 class Codebook:
-    """`levels` ascending, at most 256 of them; scales are stored in `scale_dtype` and may be negative."""
+    """`levels` ascending, at most 256 of them; scales are stored in `scale_dtype` and may be negative.
+
+    Without `rotation` levels apply to the weights as they are. A codebook with one fits tensors of
+    its width only.
+    """
 
     levels: tuple[float, ...]
     group_size: int
     scale_dtype: torch.dtype = torch.bfloat16
+    rotation: Rotation | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= len(self.levels) <= 256:
@@ -53,6 +64,24 @@ class Codebook:
         """{-1, 0, 1}, stored in 2 bits."""
         return cls((-1.0, 0.0, 1.0), group_size, scale_dtype)
 
+    @classmethod
+    def lloyd(cls, bits: int, group_size: int, scale_dtype: torch.dtype = torch.bfloat16) -> Codebook:
+        """Lloyd-Max levels of a Gaussian, for weights as they are."""
+        return cls(gaussian_levels(bits, group_size), group_size, scale_dtype)
+
+    @classmethod
+    def tq(cls, bits: int, group_size: int, in_features: int) -> Codebook:
+        """TQ native: every group rotated by itself, Lloyd-Max levels of a Gaussian, a float32 norm per group."""
+        _check_block(group_size)
+        rotation = Rotation("tq", in_features, group_size)
+        return cls(gaussian_levels(bits, group_size), group_size, torch.float32, rotation)
+
+    @classmethod
+    def jangtq(cls, bits: int, in_features: int) -> Codebook:
+        """JANGTQ: whole rows rotated, Lloyd-Max levels of a point on the unit sphere, a float16 norm per row."""
+        rotation = Rotation("jangtq", in_features, in_features)
+        return cls(sphere_levels(bits, in_features), in_features, torch.float16, rotation)
+
     @cached_property
     def bits(self) -> int:
         """Bits that a packed code takes."""
@@ -60,16 +89,24 @@ class Codebook:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits on disk per weight, scales included."""
+        """Bits on disk per stored code, scales included."""
         return self.bits + 8 * self.scale_dtype.itemsize / self.group_size
 
-    def groups(self, in_features: int) -> int:
+    def columns(self, in_features: int) -> int:
+        """Codes in a row of `in_features` weights."""
+        return self.rotation.columns if self.rotation else in_features
+
+    def groups(self, columns: int) -> int:
         """Number of scale groups of a row; raises `CodebookError` if the group size does not divide it."""
-        if in_features % self.group_size:
-            fitting = [size for size in (256, 128, 64, 32, 16) if in_features % size == 0]
+        if columns % self.group_size:
+            fitting = [size for size in (256, 128, 64, 32, 16) if columns % size == 0]
             advice = f"use {' or '.join(map(str, fitting))}" if fitting else "keep this tensor unquantized"
-            raise CodebookError(f"group size {self.group_size} does not divide in_features {in_features}; {advice}")
-        return in_features // self.group_size
+            raise CodebookError(f"group size {self.group_size} does not divide in_features {columns}; {advice}")
+        return columns // self.group_size
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes on disk of a weight `[..., out, in]` at exact width, scales and padding included."""
+        return round(math.prod(shape[:-1]) * self.columns(shape[-1]) * self.bits_per_weight / 8)
 
     def level_table(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
         """Levels as a tensor `[K]`."""
@@ -82,7 +119,25 @@ class Codebook:
         if all(level == low + i * step for i, level in enumerate(self.levels)):
             return ((x - low) / step).round_().clamp_(0, len(self.levels) - 1).to(torch.uint8)
         table = self.level_table(x.device, x.dtype)
-        return torch.bucketize(x, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+        bounds = (table[1:] + table[:-1]) / 2
+        if x.device.type != "cpu" or len(bounds) > COUNTED:
+            return torch.bucketize(x, bounds).to(torch.uint8)
+        code = torch.zeros(x.shape, dtype=torch.uint8)
+        for bound in bounds.tolist():  # three times as fast on a CPU, with the same result
+            code += (x > bound).view(torch.uint8)
+        return code
+
+    def rotate(self, weights: Tensor) -> Tensor:
+        """Weights `[..., in]` in the codebook's basis, `[..., columns]`."""
+        return weights if self.rotation is None else self.rotation.rotate(weights)
+
+    def unrotate(self, values: Tensor) -> Tensor:
+        """Back from the codebook's basis."""
+        return values if self.rotation is None else self.rotation.unrotate(values)
+
+    def rotate_moments(self, hessian: Tensor) -> Tensor:
+        """Second moments `[..., in, in]` of inputs in the codebook's basis, `[..., columns, columns]`."""
+        return hessian if self.rotation is None else self.rotation.rotate_moments(hessian)
 
     def expand(self, scales: Tensor) -> Tensor:
         """Scales `[..., out, groups]` repeated to one per weight `[..., out, in]`."""
@@ -97,33 +152,52 @@ class Codebook:
         ratio = torch.where(per_weight == 0, 0, weights / torch.where(per_weight == 0, 1, per_weight))
         return self.nearest(ratio)
 
-    def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Weights `[..., out, in]` that `codes` and `scales` stand for; the product is taken in float32."""
+    def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """What `codes` and `scales` stand for in the codebook's basis; the product is taken in float32."""
         levels = self.level_table(codes.device)[codes.int()]
-        return levels.mul_(self.expand(scales.float())).to(dtype)
+        return levels.mul_(self.expand(scales.float()))
 
     def to_dict(self) -> dict:
         """JSON description; `from_dict` reads it back."""
         name = next(name for name, dtype in SCALE_DTYPES.items() if dtype == self.scale_dtype)
-        return {"levels": list(self.levels), "group_size": self.group_size, "scale_dtype": name}
+        rotation = self.rotation and {"kind": self.rotation.kind, "width": self.rotation.width}
+        return {
+            "levels": list(self.levels), "group_size": self.group_size, "scale_dtype": name, "rotation": rotation,
+        }  # fmt: skip
 
     @classmethod
     def from_dict(cls, fields: dict) -> Codebook:
         """The codebook that `to_dict` described."""
-        return cls(tuple(fields["levels"]), fields["group_size"], SCALE_DTYPES[fields["scale_dtype"]])
+        rotation = fields["rotation"] and Rotation(**fields["rotation"], block=fields["group_size"])
+        return cls(tuple(fields["levels"]), fields["group_size"], SCALE_DTYPES[fields["scale_dtype"]], rotation)
+
+
+def _check_block(size: int) -> None:
+    if size & (size - 1) or size < 2:
+        near = 1 << (size.bit_length() - 1)
+        raise CodebookError(f"a rotated group's size must be a power of two, not {size}; use {near} or {2 * near}")
 
 
 @dataclass
 class QuantizedTensor:
-    """One quantized target: `codes` uint8 `[..., out, in]`, `scales` in the codebook's dtype `[..., out, groups]`."""
+    """One quantized target: `codes` uint8 `[..., out, columns]`, `scales` `[..., out, groups]` as they are stored."""
 
     codes: Tensor
     scales: Tensor
     codebook: Codebook
 
+    def values(self) -> Tensor:
+        """What codes and scales stand for in the codebook's basis, `[..., out, columns]`, float32."""
+        return self.codebook.decode(self.codes, self.scales)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights `[..., out, in]` that a server computes with."""
-        return self.codebook.decode(self.codes, self.scales, dtype)
+        """The weights `[..., out, in]` that a server computes with, in its order of operations."""
+        codebook = self.codebook
+        if codebook.rotation is None or codebook.rotation.scales_first:
+            return codebook.unrotate(self.values()).to(dtype)
+        units = codebook.level_table(self.codes.device)[self.codes.int()]
+        in_features = codebook.rotation.width
+        return codebook.unrotate(units).mul_(codebook.expand(self.scales.float())[..., :in_features]).to(dtype)
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """The same on another device."""

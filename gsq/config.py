@@ -53,6 +53,7 @@ class Rule(Section):
     keep: bool = False
     bits: Literal[2, 3, 4, 5, 6, 7, 8] | None = None
     ternary: bool = False
+    codebook: Literal["integer", "lloyd", "tq", "jangtq"] = "integer"
     group_size: Positive = 128
 
     def model_post_init(self, context: Any) -> None:
@@ -63,6 +64,10 @@ class Rule(Section):
             raise ValueError(f"{self.match!r} is no regular expression: {error}") from None
         if self.keep + self.ternary + (self.bits is not None) != 1:
             raise ValueError("a rule needs exactly one of: keep: true, bits: N, ternary: true")
+        if self.codebook != "integer" and self.bits not in (2, 3, 4):
+            raise ValueError(f"codebook {self.codebook} needs bits: 2, 3 or 4")
+        if self.codebook == "jangtq" and "group_size" in self.model_fields_set:
+            raise ValueError("codebook jangtq has one norm per row, so it takes no group_size; remove it")
 
 
 class Plan(Section):
@@ -118,7 +123,7 @@ class Refine(Section):
 class Export(Section):
     """What is written when all layers are done."""
 
-    format: Literal["humming"] | None = Field("humming", description="null: none", json_schema_extra=FREE)
+    format: Literal["humming", "tq"] | None = Field("humming", description="null: none", json_schema_extra=FREE)
     out: str | None = Field(None, description="default: `export` in the run folder", json_schema_extra=FREE)
 
 

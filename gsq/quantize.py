@@ -85,7 +85,7 @@ class LayerWork:
         self.current = copy.deepcopy(original)
         self.timer = Timer()
         self.quantized: Quantized = {}
-        self.hessians: dict[str, Tensor] = {}
+        self.hessians: dict[str, Tensor] = {}  # these two in the codebook's basis
         self.wanted: dict[str, Tensor] = {}
         self.errors: dict[str, dict] = {}
 
@@ -164,6 +164,7 @@ class LayerWork:
             joined = torch.cat([w if w.ndim == 3 else w[None] for w in given], dim=1)  # [batch, out, in]
             try:
                 aim = joined if moments.cross is None else answer_original(joined, moments, hessian)
+                aim, hessian = codebook.rotate(aim), codebook.rotate_moments(hessian)
                 found, errors = self._quantize(aim, hessian, codebook)
             except torch.linalg.LinAlgError:
                 raise UserError(
@@ -172,13 +173,14 @@ class LayerWork:
             parts = zip(found.codes.split(rows, 1), found.scales.split(rows, 1), aim.split(rows, 1), strict=True)
             for name, w, (codes, scales, wanted) in zip(group, given, parts, strict=True):
                 self.wanted[name], self.hessians[name] = wanted, hessian
-                self._set(name, QuantizedTensor(codes.reshape(w.shape), scales.reshape(*w.shape[:-1], -1), codebook))
+                shaped = (part.reshape(*w.shape[:-1], -1) for part in (codes, scales))
+                self._set(name, QuantizedTensor(*shaped, codebook))
                 self.errors[name] = errors | {"gsq": None}
         if len(moments.tokens) > 1:
             self.event("coverage", layer=self.index, target=group[0], tokens=moments.tokens.tolist())
 
     def _quantize(self, aim: Tensor, hessian: Tensor, codebook: Codebook) -> tuple[QuantizedTensor, dict]:
-        """RTN or GPTQ, then polish; with the relative error after each."""
+        """RTN or GPTQ, then polish, all in the codebook's basis; with the relative error after each."""
         importance = hessian.diagonal(dim1=-2, dim2=-1)[:, None]
         found = round_to_nearest(aim, codebook, importance)
         errors = {"rtn": relative_error(aim, found, hessian), "gptq": None, "polish": None}
@@ -276,6 +278,7 @@ class LayerWork:
             return HessianObjective(
                 {short: self.wanted[full] for full, short in inside.items()},
                 {short: self.hessians[full] for full, short in inside.items()},
+                {short: self.codebooks[full] for full, short in inside.items()},
             )
         module = self.current.get_submodule(module_path)
         recipe = self.recipe
@@ -298,12 +301,12 @@ class LayerWork:
         return objective.error({short: quantized[full].dequantize() for full, short in inside.items()})
 
     def _free_values(self, name: str) -> Tensor:
-        """Where each weight of a target would like to be, `[..., out, in]`: the start of its logits."""
+        """Where each weight of a target would like to be, in its codebook's basis: the start of its logits."""
         free = free_values(self.wanted[name], self._batched(name), self.hessians[name])
         return free.view(self.quantized[name].codes.shape)
 
     def _batched(self, name: str) -> QuantizedTensor:
-        """A target as it is now, as a batch `[batch, out, in]`."""
+        """A target as it is now, as a batch `[batch, out, columns]`."""
         q, shape = self.quantized[name], self.wanted[name].shape
         return QuantizedTensor(q.codes.view(shape), q.scales.view(*shape[:-1], -1), q.codebook)
 

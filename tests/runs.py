@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +28,12 @@ class Entries:
 
 
 class MemoryRun:
-    """`rules` maps patterns of parameter names (`re.search`) to codebooks; the first that matches holds."""
+    """`rules` maps patterns of parameter names (`re.search`) to codebooks; the first that matches holds.
 
-    def __init__(self, folder: Path, rules: dict[str, Codebook], seed: int = 0):
+    A codebook that depends on a tensor's width is given as a function of it.
+    """
+
+    def __init__(self, folder: Path, rules: dict[str, Codebook | Callable[[int], Codebook]], seed: int = 0):
         self.source = Checkpoint.open(folder)
         self.plan = Entries({entry.name: entry for entry in self._plan(rules)})
         generator = torch.Generator().manual_seed(seed)
@@ -43,6 +47,7 @@ class MemoryRun:
         for name, info in self.source.tensors.items():
             parameter, sources, shape = _fused(name, self.source)
             codebook = next((rules[p] for p in rules if re.search(p, parameter) and len(info.shape) >= 2), None)
+            codebook = codebook(shape[-1]) if callable(codebook) else codebook
             entries.setdefault(parameter, Entry(parameter, shape, codebook, sources))
         return list(entries.values())
 
@@ -50,6 +55,7 @@ class MemoryRun:
         """Scales of random sign, as GPTQ with a sign search leaves them, and some of them zero."""
         parts = [self.source.read(name).float() for name in entry.sources]
         weight = (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(entry.shape)
+        weight = entry.codebook.rotate(weight)
         groups = weight.unflatten(-1, (-1, entry.codebook.group_size))
         scales = groups.abs().amax(-1) / max(map(abs, entry.codebook.levels))
         signs = torch.randint(-1, 2, scales.shape, generator=generator)

@@ -346,7 +346,7 @@ def test_the_hessian_objective_and_its_gradient(shape: tuple):
     wanted = random(*shape)
     batched = wanted.view(-1, 6, 32)
     moments = hessian(len(batched), 32)
-    objective = HessianObjective({"a": batched}, {"a": moments})
+    objective = HessianObjective({"a": batched}, {"a": moments}, {"a": CODEBOOKS["2 bits"]})
     weights = (wanted + 0.3 * random(*shape, seed=1)).double().requires_grad_()
     difference = weights.view_as(batched) - batched.double()
     reference = torch.einsum("boi,bij,boj->", batched.double(), moments.double(), batched.double())
@@ -357,6 +357,33 @@ def test_the_hessian_objective_and_its_gradient(shape: tuple):
     assert objective.error({"a": weights.detach().float()}) == loss
     torch.testing.assert_close(gradients["a"].double(), weights.grad, atol=1e-7, rtol=1e-3)
     assert objective.error({"a": wanted}) == 0
+
+
+def test_the_hessian_objective_of_a_rotated_codebook_is_that_of_the_weights():
+    codebook = Codebook.tq(3, 16, 40)  # 40 is padded to 48
+    wanted, moments = random(2, 6, 40), hessian(2, 40)
+    weights = {"a": wanted + 0.3 * random(2, 6, 40, seed=1)}
+    plain = HessianObjective({"a": wanted}, {"a": moments}, {"a": CODEBOOKS["2 bits"]})
+    rotated_inputs = {"a": codebook.rotate(wanted)}, {"a": codebook.rotate_moments(moments)}
+    rotated = HessianObjective(*rotated_inputs, {"a": codebook})
+    (loss, gradients), (expected, expected_gradients) = (o.gradients(0, weights) for o in (rotated, plain))
+    assert loss == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(gradients, expected_gradients, atol=1e-6, rtol=1e-4)
+
+
+def test_a_rotation_stands_outside_the_relaxation():
+    rotated = Codebook.tq(3, 16, 40)
+    plain = Codebook(rotated.levels, 16, torch.float32)
+    start = scattered(plain, 6, 48)
+    wanted = near(start)
+    a = relax(QuantizedTensor(start.codes, start.scales, rotated), wanted)
+    b = relax(start, wanted)
+    soft, gradient = b.soft(3, MILD), random(6, 40, seed=4)
+    assert torch.equal(a.soft(3, MILD), rotated.unrotate(soft))
+    a.update(gradient, MILD)
+    b.update(rotated.rotate(gradient), MILD)
+    assert torch.equal(a.logits, b.logits)
+    assert torch.equal(a.hard().dequantize(), QuantizedTensor(b.hard().codes, b.hard().scales, rotated).dequantize())
 
 
 def test_the_gradients_of_two_targets_are_those_of_the_loss():
@@ -509,7 +536,7 @@ def hessian_case(codebook: Codebook | None = None) -> tuple[dict, dict, HessianO
     hessians = {name: hessian(len(w), 64, seed=index) for index, (name, w) in enumerate(wanted.items())}
     start = start_of(wanted, codebook)
     free = {name: free_values(wanted[name], start[name], hessians[name]) for name in wanted}
-    return start, free, HessianObjective(wanted, hessians)
+    return start, free, HessianObjective(wanted, hessians, {name: q.codebook for name, q in start.items()})
 
 
 def output_case() -> tuple[dict, dict, OutputObjective]:

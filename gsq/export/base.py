@@ -36,6 +36,7 @@ class Format:
 
 FORMATS: dict[str, Format] = {
     "humming": Format("gsq.export.humming", "integers of 2 to 8 bits, for vLLM with Humming kernels"),
+    "tq": Format("gsq.export.turboquant", "2 to 4 bits in a rotated basis, for vLLM and MLX with turboquant-plus-vllm"),
 }
 
 
@@ -81,10 +82,11 @@ class PackedTensor:
 class DecodedCheckpoint(Checkpoint):
     """An export seen as a dense checkpoint: packed tensors are decoded to bfloat16 when read.
 
-    `packed` maps dense names to how they are stored; `stored` is the export itself.
+    `packed` maps dense names to how they are stored; `stored` is the export itself; `markers` are
+    files that mean nothing to readers of dense checkpoints.
     """
 
-    def __init__(self, stored: Checkpoint, packed: dict[str, PackedTensor]):
+    def __init__(self, stored: Checkpoint, packed: dict[str, PackedTensor], markers: tuple[str, ...] = ()):
         hidden = {name for tensor in packed.values() for name in tensor.stored} - packed.keys()
         tensors = {name: info for name, info in stored.tensors.items() if name not in hidden}
         for name, tensor in packed.items():
@@ -92,7 +94,11 @@ class DecodedCheckpoint(Checkpoint):
             tensors[name] = replace(info, dtype=torch.bfloat16, shape=tensor.shape)
         config = {key: value for key, value in stored.config.items() if key != "quantization_config"}
         super().__init__(stored.folder, config, tensors)
-        self.stored, self.packed = stored, packed
+        self.stored, self.packed, self.markers = stored, packed, markers
+
+    def side_files(self) -> Iterator[Path]:
+        """Files beside the weights that the dense model needs too."""
+        return (path for path in self.stored.side_files() if path.name not in self.markers)
 
     def read(self, name: str, part: int | None = None) -> Tensor:
         """The dense tensor `name`, or index `part` of its first dimension."""
@@ -114,15 +120,15 @@ def check_plan(format: str, source: Checkpoint, entries: Mapping[str, PlanEntry]
     format_module(format).check(source, entries)
 
 
-def export_run(run: Run, format: str, out: str | Path) -> Path:
-    """Write the run's model in `format` to the new folder `out`.
+def export_run(run: Run, format: str, out: str | Path, shard_bytes: int = 2 << 30) -> Path:
+    """Write the run's model in `format` to the new folder `out`; memory holds a shard and the largest tensor.
 
     Quantized tensors are packed one entry at a time; all others, also those that no model class
     loads, are copied bit for bit, and so are the side files.
     """
     module = format_module(format)
     module.check(run.source, run.plan.entries)
-    writer = CheckpointWriter(out, expected_bytes=_bytes_after(run.source, run.plan.entries))
+    writer = CheckpointWriter(out, shard_bytes, _bytes_after(run.source, run.plan.entries))
     module.write(run, writer)
     for path in run.source.side_files():
         writer.copy(path)
@@ -161,13 +167,13 @@ def walk(source: Checkpoint, entries: Mapping[str, PlanEntry]) -> Iterator[tuple
 
 def _bytes_after(source: Checkpoint, entries: Mapping[str, PlanEntry]) -> int:
     """Bytes of all tensors when codes and scales are stored at exact width."""
-    total = 0.0
+    total = 0
     for name, entry in walk(source, entries):
         if entry is None:
             total += source.tensors[name].nbytes
         else:
-            total += torch.Size(entry.shape).numel() * entry.codebook.bits_per_weight / 8
-    return round(total)
+            total += entry.codebook.nbytes(entry.shape)
+    return total
 
 
 def linear_names(entry: PlanEntry) -> list[list[str]]:

@@ -10,7 +10,7 @@ integer `code - 2**(bits - 1)`. Which modules are quantized, and how, the reader
 * `dynamic`: `-:REGEX` leaves modules unquantized, `+:REGEX` gives them other settings. All readers match these.
 * A reader fuses modules (`FUSED`, and all experts of a layer) and asks for the fused one under its
   own name, so what it fuses must share one setting, and patterns must fit both names.
-* A reader renames the root of the module tree (`ROOTS`), so no pattern may contain it.
+* A reader renames the root of the module tree, so no pattern may contain it.
 
 Source: `HummingConfig` in vLLM (model_executor/layers/quantization/humming.py), `humming.schema` in humming-kernels.
 """
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,12 +29,12 @@ from torch import Tensor
 from gsq.codebook import Codebook, CodebookError, QuantizedTensor
 from gsq.errors import UserError
 from gsq.export.base import DecodedCheckpoint, PackedTensor, PlanEntry, Run, linear_names, linears, walk
+from gsq.export.patterns import cover
 from gsq.kernels.packing import WORD, pack_dense, unpack_dense
 from gsq.model.checkpoint import Checkpoint, CheckpointWriter
 from gsq.model.targets import EXPERT_PARTS
 
 MIN_GROUP = 16  # kernels refuse smaller groups
-ROOTS = ("model", "language_model")
 EXPERT = re.compile(r"(.*\bexperts)\.\d+\.")
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -141,7 +141,7 @@ def quantization_config(source: Checkpoint, entries: Mapping[str, PlanEntry]) ->
     kept = _units(name for name, setting in modules.items() if setting is None)
     quantized = [name for name, setting in names.items() if setting]
     ignore, dynamic = [], {}
-    for run, exact in _cover(kept, quantized, exact_only=False):
+    for run, exact in cover(kept, quantized, {True, False}):
         if exact:
             dynamic["-:" + _regex([run])] = {}
         else:
@@ -149,7 +149,7 @@ def quantization_config(source: Checkpoint, entries: Mapping[str, PlanEntry]) ->
     for setting in sorted(weights.keys() - {default}, key=str):
         wanted = _units(name for name, own in modules.items() if own == setting)
         others = [name for name in quantized if names[name] != setting]
-        runs = [run for run, _ in _cover(wanted, others, exact_only=True)]
+        runs = [run for run, _ in cover(wanted, others, {True})]
         dynamic |= {"+:" + _regex(alike): setting.fields() for alike in _alike(runs)}
     config = {
         "quant_method": "humming",
@@ -170,7 +170,9 @@ def _setting(entry: PlanEntry) -> Setting:
     codebook, in_features = entry.codebook, entry.shape[-1]
     bits = integer_bits(codebook.levels)
     problem = None
-    if bits is None:
+    if codebook.rotation:
+        problem = f"holds no rotated weights; export as {codebook.rotation.kind}, or use an integer codebook"
+    elif bits is None:
         problem = f"holds integer levels between -128 and 127, not {codebook.levels}; use an integer codebook"
     elif codebook.scale_dtype != torch.bfloat16:
         problem = f"stores bfloat16 scales, not {codebook.scale_dtype}; set the scale dtype to bfloat16"
@@ -243,48 +245,6 @@ def _units(modules: Iterable[str]) -> set[str]:
     return units
 
 
-def _cover(names: set[str], avoid: list[str], exact_only: bool) -> list[tuple[str, bool]]:
-    """Few short runs of path segments that occur in all `names` and in none of `avoid`, greedily.
-
-    A run that is exact is matched by whole segments, others as substrings.
-    """
-    text = "\n".join(f".{name}." for name in avoid)
-    holders: dict[str, set[str]] = defaultdict(set)
-    for name in names:
-        for run in _runs(name):
-            holders[run].add(name)
-    chosen: list[tuple[str, bool]] = []
-    left = set(names)
-    while left:
-        ranked = sorted(
-            ((run, exact) for run in holders if holders[run] & left for exact in {True, exact_only}),
-            key=lambda candidate: (
-                -len(holders[candidate[0]] & left),
-                candidate[1],
-                candidate[0].count("."),
-                candidate[0],
-            ),
-        )
-        fits = (c for c in ranked if (f".{c[0]}." if c[1] else c[0]) not in text)
-        choice = next(fits, None)
-        if choice is None:
-            raise UserError(f"no pattern tells {min(left)} from modules with another codebook; give them the same one")
-        chosen.append(choice)
-        left -= holders[choice[0]]
-    return chosen
-
-
-def _runs(name: str) -> Iterator[str]:
-    """Contiguous path segments of a module name, without the roots that readers rename and without leading indices."""
-    segments = name.split(".")
-    while len(segments) > 1 and segments[0] in ROOTS:
-        segments = segments[1:]
-    for start, segment in enumerate(segments):
-        if not segment.isdigit():
-            for end in range(start + 1, len(segments) + 1):
-                yield ".".join(segments[start:end])
-
-
 def _alike(runs: list[str]) -> list[list[str]]:
     """Runs grouped by what is left when their first index is taken out."""
     groups = defaultdict(list)
@@ -328,4 +288,4 @@ def _decode(checkpoint: Checkpoint, name: str, setting: Setting) -> Tensor:
     powers of two or zero, there is none.
     """
     codes = unpack_dense(checkpoint.read(name), setting.bits)
-    return setting.codebook().decode(codes, checkpoint.read(scale_name(name)), torch.bfloat16)
+    return setting.codebook().decode(codes, checkpoint.read(scale_name(name))).to(torch.bfloat16)

@@ -1,7 +1,8 @@
 """GPTQ: quantize column by column, and let the columns still to come absorb each error.
 
 Source: Frantar et al., https://arxiv.org/abs/2210.17323. Every matrix that shares a shape goes
-through as one batch: `[batch, out, in]` weights, `[batch, in, in]` Hessians `sum x x^T`.
+through as one batch: `[batch, out, in]` weights, `[batch, in, in]` Hessians `sum x x^T`, both in the
+codebook's basis.
 """
 
 from __future__ import annotations

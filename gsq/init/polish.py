@@ -1,7 +1,7 @@
 """Exact improvements of a quantized matrix under `tr((W - Q) H (W - Q)^T)`: neither step can raise it.
 
 `descend` moves every code, in turn, to its best value given all others; `refit_scales` solves for
-the scales given the codes. Shapes as in `gsq.init.gptq`: weights `[batch, out, in]`, `H` `[batch, in, in]`.
+the scales given the codes. Shapes and basis as in `gsq.init.gptq`: weights `[batch, out, in]`, `H` `[batch, in, in]`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ BLOCK = 64  # columns updated one by one before the rest of the gradient is, by 
 
 def row_errors(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> Tensor:
     """The objective of each row, `[batch, out]`: `d H d^T` with `d = w - q`."""
-    difference = weights.float() - quantized.dequantize()
+    difference = weights.float() - quantized.values()
     return ((difference @ hessian) * difference).sum(-1)
 
 
@@ -38,7 +38,7 @@ def polish(
 
 def free_values(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> Tensor:
     """Best real value of each weight given all others as quantized, `[batch, out, in]`."""
-    values = quantized.dequantize()
+    values = quantized.values()
     return values + ((weights.float() - values) @ hessian) / hessian.diagonal(dim1=-2, dim2=-1)[:, None]
 
 
@@ -47,7 +47,7 @@ def descend(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor, sweeps
     codebook, codes = quantized.codebook, quantized.codes.clone()
     table = codebook.level_table(weights.device)
     scales = quantized.scales.float()
-    values = quantized.dequantize()
+    values = quantized.values()
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     for _ in range(sweeps):
         before = codes.clone()

@@ -1,12 +1,18 @@
-"""Round to nearest, with scales found by search: the scale of each group minimizes its weighted squared error."""
+"""Round to nearest: with scales found by search, or with the scale that a rotated format's own tools take.
+
+A searched scale minimizes the weighted squared error of its group. `match_norms` needs nothing but
+the weights, and gives what TurboQuant and JANG converters write.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gsq.codebook import Codebook, QuantizedTensor
 
+CHUNK = 1 << 17  # weights rounded at once by `match_norms`: they stay in a CPU's cache
 CANDIDATES = 24  # scales tried per sign
 SHRINK = (0.25, 1.3)  # their range, relative to the scale at which the longest level reaches the largest weight
 
@@ -57,3 +63,40 @@ def _keep_better(
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     """The quotient, and zero where the denominator is zero."""
     return torch.where(denominator == 0, 0, numerator / torch.where(denominator == 0, 1, denominator))
+
+
+def match_norms(weights: Tensor, codebook: Codebook) -> QuantizedTensor:
+    """Round `weights` `[..., out, in]`, on the CPU, under a rotated codebook; each group is scaled by its own norm.
+
+    Order of operations and rounding are those of the format's own converter, for equal codes:
+    `turboquant_vllm.torch_ops.PolarQuantTorch.quantize` takes the norm before the rotation and
+    corrects it for what rounding took away; `jang_tools.turboquant.linear.tq_quantize_weight` takes
+    it after the rotation, and leaves it.
+    """
+    rows = weights.reshape(-1, weights.shape[-1])
+    columns, size = codebook.columns(rows.shape[1]), codebook.group_size
+    codes = torch.empty(len(rows), columns, dtype=torch.uint8)
+    scales = torch.empty(len(rows), columns // size, dtype=codebook.scale_dtype)
+    step = max(1, CHUNK // columns)
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        codes[part], scales[part] = _match_norms(rows[part].float(), codebook)
+    shape = weights.shape[:-1]
+    return QuantizedTensor(codes.view(*shape, columns), scales.view(*shape, -1), codebook)
+
+
+def _match_norms(rows: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
+    """Codes `[n, columns]` and norms `[n, groups]` of a few rows, float32."""
+    size, rotation = codebook.group_size, codebook.rotation
+    if rotation.scales_first:  # JANG: the norm of the rotated row
+        rotated = rotation.rotate(rows)
+        running = np.cumsum(rotated.square().numpy(), axis=-1)  # MLX on a CPU adds up one by one
+        norms = torch.from_numpy(np.sqrt(running[:, -1:]))
+        return codebook.nearest(rotated / norms.clamp_min(1e-10)), norms
+    groups = torch.nn.functional.pad(rows, (0, rotation.columns - rotation.width)).view(-1, size)
+    norms = torch.linalg.norm(groups, dim=1)
+    units = groups / torch.where(norms > 0, norms, 1)[:, None]
+    codes = codebook.nearest(rotation.of_group().rotate(units))
+    reached = torch.linalg.norm(codebook.level_table()[codes.int()], dim=1)
+    norms = norms / torch.where(reached > 0, reached, 1)
+    return codes.view(len(rows), -1), norms.view(len(rows), -1)

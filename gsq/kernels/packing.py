@@ -1,7 +1,8 @@
-"""Bit packing of codes along the input dimension, least significant bit first.
+"""Bit packing of codes along the input dimension, least significant bit first, no bit unused.
 
-`pack_dense` leaves no bit unused: 32 codes of `bits` bits fill `bits` int32 words, and a code may
-straddle two words. It is the rule of Humming checkpoints and of GSQ's own run directory.
+A row of codes is one stream of bits. `pack_bytes` stores it as bytes, as TQ and MLX checkpoints do;
+`pack_dense` as int32 words, 32 codes of `bits` bits in `bits` words, as Humming checkpoints and
+GSQ's own run directory do: the same bytes, since words are little-endian.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 WORD = 32
+OCTET = 8  # codes packed together: they fill `bits` whole bytes
+CHUNK = 1 << 15  # octets worked on at once, so that little memory is needed beside the result
 
 
 def pack_dense(codes: Tensor, bits: int) -> Tensor:
@@ -19,34 +22,64 @@ def pack_dense(codes: Tensor, bits: int) -> Tensor:
     """
     if codes.shape[-1] % WORD:
         raise ValueError(f"packing needs a multiple of {WORD} codes in a row, got {codes.shape[-1]}")
-    if codes.numel() and int(codes.max()) >> bits:
-        raise ValueError(f"code {int(codes.max())} does not fit in {bits} bits")
-    blocks = codes.unflatten(-1, (-1, WORD))
-    words = torch.zeros(*blocks.shape[:-1], bits, dtype=torch.int64, device=codes.device)
-    for position in range(WORD):
-        word, shift = divmod(position * bits, WORD)
-        code = blocks[..., position].to(torch.int64) << shift
-        words[..., word] |= code & 0xFFFFFFFF
-        if shift + bits > WORD:  # the high part of a straddling code opens the next word
-            words[..., word + 1] |= code >> WORD
-    return _to_int32(words).flatten(-2)
+    return pack_bytes(codes, bits).view(torch.int32)
 
 
 def unpack_dense(words: Tensor, bits: int) -> Tensor:
     """Inverse of `pack_dense`: int32 words `[..., in * bits / 32]` to codes uint8 `[..., in]`."""
     if words.shape[-1] % bits:
         raise ValueError(f"{words.shape[-1]} words are no whole number of {bits}-bit blocks")
-    blocks = words.unflatten(-1, (-1, bits)).to(torch.int64) & 0xFFFFFFFF
-    codes = torch.empty(*blocks.shape[:-1], WORD, dtype=torch.uint8, device=words.device)
-    for position in range(WORD):
-        word, shift = divmod(position * bits, WORD)
-        code = blocks[..., word] >> shift
-        if shift + bits > WORD:
-            code = code | (blocks[..., word + 1] << (WORD - shift))
-        codes[..., position] = (code & ((1 << bits) - 1)).to(torch.uint8)
-    return codes.flatten(-2)
+    return unpack_bytes(words.contiguous().view(torch.uint8), bits)
 
 
-def _to_int32(words: Tensor) -> Tensor:
-    """Unsigned 32-bit values held in int64, reinterpreted as int32."""
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+def pack_bytes(codes: Tensor, bits: int) -> Tensor:
+    """Codes uint8 `[..., in]`, each below `2**bits`, to uint8 `[..., in * bits / 8]`.
+
+    Raises `ValueError` if `in` is not a multiple of 8 or a code needs more than `bits` bits.
+    """
+    if codes.shape[-1] % OCTET:
+        raise ValueError(f"packing needs a multiple of {OCTET} codes in a row, got {codes.shape[-1]}")
+    if codes.numel() and int(codes.max()) >> bits:
+        raise ValueError(f"code {int(codes.max())} does not fit in {bits} bits")
+    octets = codes.contiguous().view(-1).view(torch.int64)  # eight codes, one in each byte
+    packed = torch.empty(len(octets), bits, dtype=torch.uint8, device=codes.device)
+    for start in range(0, len(octets), CHUNK):
+        x = octets[start : start + CHUNK]
+        for low, high, shift in _moves(bits):
+            x = (x & low) | ((x >> shift) & high)
+        packed[start : start + CHUNK] = x.view(torch.uint8).view(-1, OCTET)[:, :bits]
+    return packed.view(*codes.shape[:-1], codes.shape[-1] // OCTET * bits)
+
+
+def unpack_bytes(packed: Tensor, bits: int) -> Tensor:
+    """Inverse of `pack_bytes`: uint8 `[..., in * bits / 8]` to codes uint8 `[..., in]`."""
+    if packed.shape[-1] % bits:
+        raise ValueError(f"{packed.shape[-1]} bytes are no whole number of {bits}-bit blocks")
+    blocks = packed.contiguous().view(-1, bits)
+    codes = torch.empty(len(blocks), OCTET, dtype=torch.uint8, device=packed.device)
+    for start in range(0, len(blocks), CHUNK):
+        octets = torch.nn.functional.pad(blocks[start : start + CHUNK], (0, OCTET - bits))
+        x = octets.view(-1).view(torch.int64)
+        for low, high, shift in reversed(_moves(bits)):
+            x = (x & low) | ((x & high) << shift)
+        codes[start : start + CHUNK] = x.view(torch.uint8).view(-1, OCTET)
+    return codes.view(*packed.shape[:-1], packed.shape[-1] // bits * OCTET)
+
+
+def _moves(bits: int) -> list[tuple[int, int, int]]:
+    """Steps that close the gaps between eight codes: neighbours first, then pairs, then fours.
+
+    Each step keeps the bits of mask `low`, and moves others down by `shift`, to where mask `high` is.
+    """
+    moves = []
+    for lane in (8, 16, 32):
+        used = bits * lane // 8  # bits in use at the low end of a lane
+        low = sum(((1 << used) - 1) << place for place in range(0, 64, 2 * lane))
+        moves.append((_signed(low), _signed(low << used), lane - used))
+    return moves
+
+
+def _signed(mask: int) -> int:
+    """64 bits as the number that an int64 tensor takes them for."""
+    mask &= (1 << 64) - 1
+    return mask - (1 << 64) if mask >> 63 else mask

@@ -44,7 +44,7 @@ class PlanEntry:
     @property
     def bytes_after(self) -> int:
         """Bytes when exported at exact width."""
-        return self.bytes_before if self.codebook is None else round(self.numel * self.codebook.bits_per_weight / 8)
+        return self.bytes_before if self.codebook is None else self.codebook.nbytes(self.shape)
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,17 @@ def _first_match(name: str, rules: list[Rule]) -> Rule | None:
 def _codebook(rule: Rule, name: str, shape: tuple[int, ...]) -> Codebook | None:
     if rule.keep:
         return None
-    make = Codebook.ternary if rule.ternary else lambda size: Codebook.integer(rule.bits, size)
-    codebook = make(rule.group_size)
+    in_features, size = shape[-1], rule.group_size
     try:
-        codebook.groups(shape[-1])
+        if rule.ternary:
+            codebook = Codebook.ternary(size)
+        elif rule.codebook == "tq":
+            codebook = Codebook.tq(rule.bits, size, in_features)
+        elif rule.codebook == "jangtq":
+            codebook = Codebook.jangtq(rule.bits, in_features)
+        else:
+            codebook = getattr(Codebook, rule.codebook)(rule.bits, size)
+        codebook.groups(codebook.columns(in_features))
     except CodebookError as error:
         raise UserError(f"{name}: {error}") from None
     return codebook

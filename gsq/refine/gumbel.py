@@ -34,10 +34,10 @@ class Temperature:
 
 
 class Relaxation:
-    """Logits `[K, N]` and log-scales of one target `[..., out, in]`.
+    """Logits `[K, N]` and log-scales of one target, in the basis of its codebook `[..., out, columns]`.
 
-    `wanted` `[..., out, in]` is the value that each weight would take were it free and all others
-    fixed (`gsq.init.polish.free_values`); a level one scale away from it starts `gap` below it.
+    `wanted` `[..., out, columns]` is the value that each weight would take were it free and all others
+    fixed (`gsq.init.polish.free_values`); a level one step away from it starts `gap` below it.
     `noise` is the amplitude of the Gumbel noise; `seed` and `stream` name it, and `stream` must
     differ between targets.
     """
@@ -73,30 +73,35 @@ class Relaxation:
         self._soft: Tensor | None = None
 
     def _starting_logits(self, start: QuantizedTensor, codes: Tensor, count: int, gap: float, wanted: Tensor) -> Tensor:
-        """`-gap (wanted / scale - level)^2`, with the initial code on top by a hair at least."""
+        """`-gap ((wanted / scale - level) / step)^2`, with the initial code on top by a hair at least.
+
+        `step` is the mean distance of neighbouring levels.
+        """
+        step = (self.levels[-1] - self.levels[0]) / (len(self.levels) - 1)
         scale = self.codebook.expand(start.scales.float()).reshape(-1)
-        beyond = 2 * FLOOR + self.levels.abs().max()  # where every level has reached the floor; keeps the sums exact
+        beyond = 2 * FLOOR * step + self.levels.abs().max()  # every level has reached the floor; keeps the sums exact
         u = (wanted.float().reshape(-1) / torch.where(scale == 0, torch.inf, scale)).clamp_(-beyond, beyond)
         index = torch.arange(count, device=self.device)[:, None]
         level = self.levels[index if self.window is None else self.window.long()[None] + index]
-        logits = (u - level).square_().mul_(-gap)
+        logits = (u - level).div_(step).square_().mul_(-gap)
         chosen = codes[None].long()
         others = logits.scatter(0, chosen, -torch.inf).amax(0, keepdim=True)
         logits.scatter_(0, chosen, torch.maximum(logits.gather(0, chosen), others + MARGIN * gap))
         return logits.sub_(logits.amax(0)).clamp_min_(-FLOOR * gap)
 
     def soft(self, step: int, at: Temperature) -> Tensor:
-        """Soft weights `[..., out, in]`, float32, of one draw of the noise."""
+        """Soft weights `[..., out, in]`, float32, of one draw of the noise, as the module takes them."""
         group = self.codebook.group_size
         self._soft, self._slope = relaxation.soften(
             self.logits, self.levels, self.window, self._scales(), group, at.tau, at.kappa,
             (self.seed, self.stream, step), self.noise,
         )  # fmt: skip
-        return self._soft.view(self.shape)
+        return self.codebook.unrotate(self._soft.view(self.shape))
 
     def update(self, gradient: Tensor, at: Temperature) -> None:
         """One Lion step, given dL/dw `[..., out, in]` at the weights that `soft` returned."""
-        gradient, group, scales = gradient.float().reshape(-1), self.codebook.group_size, self._scales()
+        gradient, group, scales = self.codebook.rotate(gradient).float(), self.codebook.group_size, self._scales()
+        gradient = gradient.reshape(-1)
         self.log_scales.grad = (gradient * self._soft).view(-1, group).sum(1)  # dw / dlog(scale) = w
         relaxation.lion_step(
             self.logits, self.momentum, self._slope, gradient, scales, group,

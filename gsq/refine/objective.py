@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gsq.calib.stream import Calls
+from gsq.codebook import Codebook
 
 Weights = dict[str, Tensor]
 
@@ -35,10 +36,14 @@ class Objective(Protocol):
 
 @dataclass
 class HessianObjective:
-    """Mean over targets of `tr(D H D^T) / tr(W H W^T)`, `W` and `H` `[batch, out, in]`, `[batch, in, in]` by target."""
+    """Mean over targets of `tr(D H D^T) / tr(W H W^T)`; `W` and `H` by target, in the basis of its codebook.
+
+    `wanted` `[batch, out, columns]`, `hessians` `[batch, columns, columns]`.
+    """
 
     wanted: Weights
     hessians: Weights
+    codebooks: dict[str, Codebook]
 
     def __post_init__(self) -> None:
         self._size = {
@@ -50,10 +55,13 @@ class HessianObjective:
         """Exact, the same at every step."""
         loss, gradients = 0.0, {}
         for name, weight in weights.items():
-            difference = weight.float().view_as(self.wanted[name]) - self.wanted[name].float()
+            codebook = self.codebooks[name]
+            rotated = codebook.rotate(weight.float())
+            difference = rotated.view_as(self.wanted[name]) - self.wanted[name].float()
             product = difference @ self.hessians[name]
             loss += float((product * difference).sum()) / self._size[name]
-            gradients[name] = (product * (2 / self._size[name] / len(weights))).view_as(weight)
+            gradient = product * (2 / self._size[name] / len(weights))
+            gradients[name] = codebook.unrotate(gradient.view_as(rotated))
         return loss / len(weights), gradients
 
     def error(self, weights: Weights) -> float:

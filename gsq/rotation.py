@@ -1,0 +1,111 @@
+"""Orthogonal changes of basis along a weight's input dimension: signs, Hadamard blocks, signs.
+
+After a random rotation the weights of a group look like draws of one known distribution, for which
+one fixed table of levels is the best. `y = R x` multiplies by signs, transforms blocks by
+Walsh-Hadamard, and perhaps multiplies by signs again; `R^T` undoes it exactly but for rounding.
+Readers of TQ and JANGTQ checkpoints compute the signs and the order of operations that are written
+here, and each kind rounds as its reader does.
+
+Sources: TurboQuant, https://arxiv.org/abs/2504.19874; `turboquant_vllm.torch_ops` (kind `tq`) and
+`jang_tools.turboquant.rotation` (kind `jangtq`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gsq.kernels.hadamard import hadamard
+
+SEED = 42  # of the signs, in both formats
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Rows of `width` weights, rotated in Hadamard blocks.
+
+    `tq`: equal blocks of `block`, the row padded with zeros to a whole number of them; signs before
+    and after, the same for every block. `jangtq`: the row as one block, or, if `width` is no power of
+    two, as its descending powers of two (`block` is the row); signs before only.
+    """
+
+    kind: Literal["tq", "jangtq"]
+    width: int
+    block: int
+
+    @cached_property
+    def blocks(self) -> list[int]:
+        """Sizes of the blocks, in order; all powers of two."""
+        if self.kind == "tq":
+            return [self.block] * -(-self.width // self.block)
+        return [1 << bit for bit in reversed(range(self.width.bit_length())) if self.width >> bit & 1]
+
+    @property
+    def scales_first(self) -> bool:
+        """Whether the format's reader scales before it rotates back, or after."""
+        return self.kind == "jangtq"
+
+    @property
+    def columns(self) -> int:
+        """Width of a rotated row, padding included."""
+        return sum(self.blocks)
+
+    def of_group(self) -> Rotation:
+        """The rotation of a single block of `tq`, which all blocks share."""
+        return Rotation(self.kind, self.block, self.block)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """`x` `[..., width]` in the new basis, float32 `[..., columns]`."""
+        before, after = self._signs(x.device)
+        padded = torch.nn.functional.pad(x.float(), (0, self.columns - self.width))
+        y = self._transform(padded * before)
+        return y if after is None else y.mul_(after)
+
+    def unrotate(self, y: Tensor) -> Tensor:
+        """Back from `y` `[..., columns]` to `[..., width]`, float32; what was padded is dropped."""
+        before, after = self._signs(y.device)
+        x = self._transform(y.float() if after is None else y.float() * after)
+        return x.mul_(before)[..., : self.width]
+
+    def rotate_moments(self, h: Tensor) -> Tensor:
+        """`R H R^T` `[..., columns, columns]` of a symmetric `h` `[..., width, width]`.
+
+        Padded inputs are always zero, so errors there cost nothing; a small ridge stands for that.
+        """
+        if self.columns > self.width:
+            padding = self.columns - self.width
+            ridge = 0.01 * h.diagonal(dim1=-2, dim2=-1).mean(-1)
+            h = torch.nn.functional.pad(h, (0, padding, 0, padding))
+            h.diagonal(dim1=-2, dim2=-1)[..., self.width :] = ridge[..., None]
+        whole = Rotation(self.kind, self.columns, self.block)
+        half = whole.rotate(h)
+        both = whole.rotate(half.mT)
+        return (both + both.mT) / 2  # rounding must not leave it lopsided
+
+    def _transform(self, x: Tensor) -> Tensor:
+        """Orthogonal Hadamard transform of every block of `x` `[..., columns]`."""
+        if self.kind == "tq":
+            return (hadamard(x.unflatten(-1, (-1, self.block))) / math.sqrt(self.block)).flatten(-2)
+        parts = x.split(self.blocks, -1)
+        return torch.cat([hadamard(part) * (1.0 / part.shape[-1] ** 0.5) for part in parts], -1)
+
+    def _signs(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        before, after = self._host_signs
+        return before.to(device), None if after is None else after.to(device)
+
+    @cached_property
+    def _host_signs(self) -> tuple[Tensor, Tensor | None]:
+        """Signs `[columns]` before and after the transform."""
+        if self.kind == "jangtq":
+            drawn = np.random.default_rng(SEED).choice([-1.0, 1.0], size=self.width)
+            return torch.from_numpy(drawn.astype(np.float32)), None
+        generator = torch.Generator().manual_seed(SEED)
+        draw = lambda: (torch.randint(0, 2, (self.block,), generator=generator) * 2 - 1).float()  # noqa: E731
+        before, after = draw(), draw()
+        return before.repeat(len(self.blocks)), after.repeat(len(self.blocks))
