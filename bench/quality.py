@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ import typer
 from rich.console import Console
 
 from gsq.config import Config, load_config
+from gsq.convert import convert
 from gsq.device import activation_dtype, pick_device
 from gsq.errors import UserError
 from gsq.eval.quality import FinalStates, compare, eval_tokens, final_states
@@ -30,7 +32,8 @@ from gsq.model.resolve import load_tokenizer, resolve_model
 from gsq.train import tokens_for, train
 
 PLAIN = ["init.polish=0", "init.answer_original=false", "refine.enabled=false"]
-ROWS: dict[str, list[str]] = {
+ROWS: dict[str, list[str] | None] = {
+    "calibration-free": None,  # as `gsq convert` writes it
     "RTN": [*PLAIN, "init.method=rtn"],
     "GPTQ": PLAIN,
     "GPTQ + polish": PLAIN[1:],
@@ -46,7 +49,7 @@ def main(
     config: Path,
     text: Annotated[Path, typer.Option(help="text to measure on")],
     out: Annotated[Path, typer.Option(help="folder for runs and results")],
-    rows: Annotated[str, typer.Option(help="comma-separated names; default: all but the last, `GSQ`")] = "",
+    rows: Annotated[str, typer.Option(help="comma-separated names; default: all but the first and last")] = "",
     external: Annotated[list[str], typer.Option(help="NAME=DIR of a dense checkpoint")] = [],  # noqa: B006
     overrides: Annotated[list[str], typer.Option("--set")] = [],  # noqa: B006
     extra: Annotated[list[str], typer.Option(help="NAME:key=value;... a row of your own")] = [],  # noqa: B006
@@ -54,7 +57,7 @@ def main(
     length: int = 1024,
 ) -> None:
     """Run what is missing, then write table.md and table.json."""
-    names = [] if rows == "none" else rows.split(",") if rows else list(ROWS)[:-1]
+    names = [] if rows == "none" else rows.split(",") if rows else list(ROWS)[1:-1]
     if unknown := set(names) - set(ROWS):
         raise UserError(f"no row {', '.join(unknown)}; rows: {', '.join(ROWS)}")
     chosen = {name: ROWS[name] for name in names}
@@ -69,7 +72,10 @@ def main(
     results = [{"method": "original", **compare(base, base), "bytes": stored_bytes(source)}]
     for name, settings in chosen.items():
         folder = out / "".join(c if c.isalnum() else "-" for c in name.lower())
-        seconds = quantize(config, [*overrides, *settings, f"calib.source={calibration}"], folder)
+        if settings is None:
+            seconds = convert_timed(load_config(config, overrides), folder / "export")
+        else:
+            seconds = quantize(config, [*overrides, *settings, f"calib.source={calibration}"], folder)
         results.append({"method": name, **quality(folder / "export", tokens, base), **seconds})
         save(results, out)
     for name, _, folder in (item.partition("=") for item in external):
@@ -98,6 +104,14 @@ def quantize(config: Path, settings: list[str], folder: Path) -> dict:
     }
 
 
+def convert_timed(config: Config, out: Path) -> dict:
+    """Convert without calibration, anew each time, since there is nothing to resume."""
+    shutil.rmtree(out, ignore_errors=True)
+    start, cpu_start = time.perf_counter(), time.process_time()
+    convert(config, out)
+    return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
+
+
 def measure_states(folder: Path, tokens: torch.Tensor) -> FinalStates:
     """Hidden states behind the last layer of a checkpoint."""
     device = pick_device()
@@ -115,12 +129,17 @@ def stored_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
+def shown(seconds: float | None) -> str:
+    """Seconds of a cell; a dash where there are none."""
+    return "–" if seconds is None else format(seconds, ".0f" if seconds >= 10 else ".1f")
+
+
 def save(results: list[dict], out: Path) -> None:
     """Write and show the table so far."""
-    head = "| method | KL | perplexity | top-1 | seconds | MB |\n|---|---|---|---|---|---|\n"
+    head = "| method | KL | perplexity | top-1 | seconds | CPU seconds | MB |\n|---|---|---|---|---|---|---|\n"
     lines = [
         f"| {r['method']} | {r['kl']:.4f} | {r['perplexity']:.2f} | {r['top1']:.1%} | "
-        f"{format(r['seconds'], '.0f') if 'seconds' in r else '–'} | {r['bytes'] / 1e6:.1f} |"
+        f"{shown(r.get('seconds'))} | {shown(r.get('cpu_seconds'))} | {r['bytes'] / 1e6:.1f} |"
         for r in results
     ]
     note = (
