@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import sys
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -36,6 +38,12 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]
 ModelFolder = Annotated[Path, typer.Argument(metavar="DIR", help="dense checkpoint, or an export of GSQ")]
 
 
+class Scan(StrEnum):
+    """What `gsq plan` can measure."""
+
+    kurtosis = "kurtosis"
+
+
 @app.command()
 def quantize(
     config: ConfigFile,
@@ -55,13 +63,20 @@ def plan(
     config: ConfigFile,
     overrides: Overrides = [],  # noqa: B006
     tensors: Annotated[bool, typer.Option("--tensors", help="one line per tensor")] = False,
+    scan: Annotated[Scan | None, typer.Option(help="measure this of all that can be quantized; a table of it")] = None,
 ) -> None:
-    """Show what a recipe does to each tensor, with bits per weight and bytes. Reads no weights."""
+    """Show what a recipe does to each tensor, with bits per weight and bytes.
+
+    Reads weights only to measure their kurtosis, where rules or --scan ask for it, and only once.
+    """
     from gsq.config import load_config
     from gsq.device import pick_device
     from gsq.train import prepare
 
-    _, found = prepare(load_config(config, overrides), pick_device())
+    settings = load_config(config, overrides)
+    _, found = prepare(settings, pick_device(), scan is not None)
+    if scan:
+        show_kurtosis(found, settings.plan.kurtosis.limits())
     show_plan(found, tensors)
 
 
@@ -170,6 +185,7 @@ def show_start(run: Run, finished: int) -> None:
 
 def show_outcome(run: Run) -> None:
     """What a run has left behind, and what to do with it. Its tracker has told the measurements."""
+    from gsq.export.base import FORMATS
     from gsq.train import export_folder
 
     console.print(f"report: {run.folder / 'report.html'}")
@@ -178,7 +194,7 @@ def show_outcome(run: Run) -> None:
         return
     folder = export_folder(run.folder, run.config)
     show_written(folder)
-    console.print(f"serve it: vllm serve {folder}")
+    console.print(FORMATS[run.config.export.format].usage.format(folder=folder))
 
 
 def show_written(folder: Path) -> None:
@@ -187,6 +203,15 @@ def show_written(folder: Path) -> None:
 
     total = inspect(folder)[-1]
     console.print(f"wrote {folder} · {units.size(total['bytes'])} · {total['bits per weight']:.2f} bits per weight")
+
+
+def show_kurtosis(found: Plan, limits: Mapping[int, float]) -> None:
+    """Kurtosis by role, and how many tensors a rule `bits: kurtosis` would give so many bits."""
+    families: dict[str, list[float]] = {}
+    for entry in found.entries.values():
+        if entry.kurtosis is not None:
+            families.setdefault(entry.role, []).append(entry.kurtosis)
+    show_table(_family_row(role, values, limits) for role, values in families.items())
 
 
 def show_plan(found: Plan, tensors: bool = False) -> None:
@@ -209,8 +234,25 @@ def show_table(rows: Iterable[dict[str, str]]) -> None:
     console.print(table)
 
 
+def _family_row(role: str, kurtosis: list[float], limits: Mapping[int, float]) -> dict[str, str]:
+    from gsq.config import WIDTHS
+    from gsq.plan.kurtosis import bits_for
+
+    bits = Counter(bits_for(value, limits, limits) for value in kurtosis)
+    common = set.intersection(*map(set, WIDTHS.values()))
+    heads = {width: f"{width} bits" if width in common else f"{width} bits or keep" for width in limits}
+    counts = {f"{heads[width]} (< {limit:g})": bits[width] for width, limit in limits.items()} | {"keep": bits[None]}
+    return {
+        "family": role,
+        "tensors": str(len(kurtosis)),
+        "mean kurtosis": f"{sum(kurtosis) / len(kurtosis):.2f}",
+        "max": f"{max(kurtosis):.2f}",
+        **{head: str(count) for head, count in counts.items()},
+    }
+
+
 def _tensor_row(entry: PlanEntry) -> dict[str, str]:
-    return {"tensor": entry.name, "shape": str(list(entry.shape)), **_storage(entry), "rule": entry.rule}
+    return {"tensor": entry.name, "shape": str(list(entry.shape)), **_storage(entry), "rule": entry.reason}
 
 
 def _kind_rows(found: Plan) -> Iterable[dict[str, str]]:
@@ -226,8 +268,16 @@ def _kind_rows(found: Plan) -> Iterable[dict[str, str]]:
             "weights": units.count(sum(entry.numel for entry in entries)),
             "before": units.size(sum(entry.bytes_before for entry in entries)),
             "after": units.size(sum(entry.bytes_after for entry in entries)),
-            "rule": entries[0].rule,
+            "rule": _reason(entries),
         }
+
+
+def _reason(entries: list[PlanEntry]) -> str:
+    """Their rule, and the range of what it saw."""
+    values = [entry.kurtosis for entry in entries if entry.kurtosis is not None]
+    if len(values) < 2:
+        return entries[0].reason
+    return f"{entries[0].rule} (kurtosis {min(values):.2f} to {max(values):.2f})"
 
 
 def _storage(entry: PlanEntry) -> dict[str, str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class Codebook:
     @classmethod
     def tq(cls, bits: int, group_size: int, in_features: int) -> Codebook:
         """TQ native: every group rotated by itself, Lloyd-Max levels of a Gaussian, a float32 norm per group."""
-        _check_block(group_size)
+        _check_block(group_size, in_features)
         rotation = Rotation("tq", in_features, group_size)
         return cls(gaussian_levels(bits, group_size), group_size, torch.float32, rotation)
 
@@ -109,8 +109,8 @@ class Codebook:
         return round(math.prod(shape[:-1]) * self.columns(shape[-1]) * self.bits_per_weight / 8)
 
     def level_table(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
-        """Levels as a tensor `[K]`."""
-        return torch.tensor(self.levels, device=device, dtype=dtype)
+        """Levels as a tensor `[K]`, which must not be changed."""
+        return _level_table(self.levels, torch.device(device), dtype)
 
     def nearest(self, x: Tensor) -> Tensor:
         """Code (uint8) of the level nearest to each `x`, a weight divided by its scale. Any shape."""
@@ -122,9 +122,9 @@ class Codebook:
         bounds = (table[1:] + table[:-1]) / 2
         if x.device.type != "cpu" or len(bounds) > COUNTED:
             return torch.bucketize(x, bounds).to(torch.uint8)
-        code = torch.zeros(x.shape, dtype=torch.uint8)
+        code, above = torch.zeros(x.shape, dtype=torch.uint8), torch.empty(x.shape, dtype=torch.bool)
         for bound in bounds.tolist():  # three times as fast on a CPU, with the same result
-            code += (x > bound).view(torch.uint8)
+            code += torch.gt(x, bound, out=above).view(torch.uint8)
         return code
 
     def rotate(self, weights: Tensor) -> Tensor:
@@ -168,14 +168,21 @@ class Codebook:
     @classmethod
     def from_dict(cls, fields: dict) -> Codebook:
         """The codebook that `to_dict` described."""
-        rotation = fields["rotation"] and Rotation(**fields["rotation"], block=fields["group_size"])
+        rotation = fields.get("rotation") and Rotation(**fields["rotation"], block=fields["group_size"])
         return cls(tuple(fields["levels"]), fields["group_size"], SCALE_DTYPES[fields["scale_dtype"]], rotation)
 
 
-def _check_block(size: int) -> None:
+def _check_block(size: int, in_features: int) -> None:
+    near = max(2, 1 << (size.bit_length() - 1))
     if size & (size - 1) or size < 2:
-        near = 1 << (size.bit_length() - 1)
         raise CodebookError(f"a rotated group's size must be a power of two, not {size}; use {near} or {2 * near}")
+    if size > 2 * in_features:
+        raise CodebookError(f"group size {size} would be mostly padding of rows of {in_features}; use a smaller one")
+
+
+@lru_cache(maxsize=256)
+def _level_table(levels: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(levels, device=device, dtype=dtype)
 
 
 @dataclass

@@ -12,13 +12,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from gsq.errors import UserError
 
 FREE = {"free": True}  # json_schema_extra of settings that a resumed run may change
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+WIDTHS = {"integer": range(2, 9), "lloyd": range(2, 5), "tq": range(2, 5), "jangtq": range(2, 5)}  # bits by codebook
 
 
 class Section(BaseModel):
@@ -51,7 +61,7 @@ class Rule(Section):
 
     match: str
     keep: bool = False
-    bits: Literal[2, 3, 4, 5, 6, 7, 8] | None = None
+    bits: Literal[2, 3, 4, 5, 6, 7, 8, "kurtosis"] | None = None
     ternary: bool = False
     codebook: Literal["integer", "lloyd", "tq", "jangtq"] = "integer"
     group_size: Positive = 128
@@ -63,17 +73,54 @@ class Rule(Section):
         except re.error as error:
             raise ValueError(f"{self.match!r} is no regular expression: {error}") from None
         if self.keep + self.ternary + (self.bits is not None) != 1:
-            raise ValueError("a rule needs exactly one of: keep: true, bits: N, ternary: true")
-        if self.codebook != "integer" and self.bits not in (2, 3, 4):
-            raise ValueError(f"codebook {self.codebook} needs bits: 2, 3 or 4")
+            raise ValueError("a rule needs exactly one of: keep: true, bits: N, ternary: true; N may be kurtosis")
+        if self.codebook != "integer" and self.bits not in (*self.widths, "kurtosis"):
+            raise ValueError(f"codebook {self.codebook} needs bits: {', '.join(map(str, self.widths))} or kurtosis")
         if self.codebook == "jangtq" and "group_size" in self.model_fields_set:
             raise ValueError("codebook jangtq has one norm per row, so it takes no group_size; remove it")
+
+    @model_serializer(mode="wrap")
+    def _readable(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A rule that can be read back: without the default that its codebook does not take."""
+        fields = serialize(self)
+        if self.codebook == "jangtq":
+            del fields["group_size"]
+        return fields
+
+    @property
+    def widths(self) -> range:
+        """Bits that the codebook can have."""
+        return WIDTHS[self.codebook]
+
+
+class Kurtosis(Section):
+    """What a rule that says `bits: kurtosis` gives a tensor: the fewest bits whose limit its kurtosis is below.
+
+    From the last limit on, a tensor is kept.
+    """
+
+    three_bits: float = Field(4.0, gt=0, description="kurtosis (a Gaussian has 3) below which a tensor gets 3 bits")
+    four_bits: float = Field(8.0, gt=0, description="the same for 4 bits")
+    five_bits: float = Field(15.0, gt=0, description="the same for 5 bits, where the codebook has them")
+
+    def model_post_init(self, context: Any) -> None:
+        """Each width has room."""
+        if not self.three_bits < self.four_bits < self.five_bits:
+            raise ValueError(
+                f"three_bits, four_bits and five_bits must ascend, got {self.three_bits:g}, {self.four_bits:g}, "
+                f"{self.five_bits:g}"
+            )
+
+    def limits(self) -> dict[int, float]:
+        """Limit of the kurtosis by bits, ascending."""
+        return {3: self.three_bits, 4: self.four_bits, 5: self.five_bits}
 
 
 class Plan(Section):
     """Which tensors are quantized, and how: the first rule that matches a tensor decides; others are kept."""
 
     rules: Annotated[list[Rule], Field(min_length=1)]
+    kurtosis: Kurtosis = Kurtosis()
 
 
 class Init(Section):
@@ -123,7 +170,9 @@ class Refine(Section):
 class Export(Section):
     """What is written when all layers are done."""
 
-    format: Literal["humming", "tq"] | None = Field("humming", description="null: none", json_schema_extra=FREE)
+    format: Literal["humming", "tq", "jangtq"] | None = Field(
+        "humming", description="null: none", json_schema_extra=FREE
+    )
     out: str | None = Field(None, description="default: `export` in the run folder", json_schema_extra=FREE)
 
 

@@ -22,7 +22,7 @@ from gsq.model.checkpoint import Checkpoint
 from gsq.plan.rules import Plan
 from gsq.train import prepare
 
-SHARD = 1 << 29  # bytes of a shard: small, since it is all that memory holds besides one tensor
+SHARD = 1 << 29  # bytes of a shard: small, since memory holds one, besides the codes of the largest tensor
 
 
 class Rounded:
@@ -50,7 +50,7 @@ class Rounded:
         fused = len(entry.shape) == 3 and len(entry.sources) == 1
         for name in entry.sources:
             for part in range(entry.shape[0]) if fused else [None]:
-                yield self.source.read(name, part)
+                yield self.source.read_sound(name, part)
 
 
 def without_calibration(weight: Tensor, codebook: Codebook) -> QuantizedTensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -62,14 +62,15 @@ class Rotation:
 
     def rotate(self, x: Tensor) -> Tensor:
         """`x` `[..., width]` in the new basis, float32 `[..., columns]`."""
-        before, after = self._signs(x.device)
-        padded = torch.nn.functional.pad(x.float(), (0, self.columns - self.width))
+        before, after = _signs(self, x.device)
+        x = x.float()
+        padded = torch.nn.functional.pad(x, (0, self.columns - self.width)) if self.columns > self.width else x
         y = self._transform(padded * before)
         return y if after is None else y.mul_(after)
 
     def unrotate(self, y: Tensor) -> Tensor:
         """Back from `y` `[..., columns]` to `[..., width]`, float32; what was padded is dropped."""
-        before, after = self._signs(y.device)
+        before, after = _signs(self, y.device)
         x = self._transform(y.float() if after is None else y.float() * after)
         return x.mul_(before)[..., : self.width]
 
@@ -78,15 +79,15 @@ class Rotation:
 
         Padded inputs are always zero, so errors there cost nothing; a small ridge stands for that.
         """
-        if self.columns > self.width:
-            padding = self.columns - self.width
-            ridge = 0.01 * h.diagonal(dim1=-2, dim2=-1).mean(-1)
-            h = torch.nn.functional.pad(h, (0, padding, 0, padding))
-            h.diagonal(dim1=-2, dim2=-1)[..., self.width :] = ridge[..., None]
-        whole = Rotation(self.kind, self.columns, self.block)
-        half = whole.rotate(h)
-        both = whole.rotate(half.mT)
-        return (both + both.mT) / 2  # rounding must not leave it lopsided
+        whole, padding = Rotation(self.kind, self.columns, self.block), self.columns - self.width
+        turned = torch.empty(*h.shape[:-2], self.columns, self.columns, device=h.device)
+        matrices = zip(h.reshape(-1, *h.shape[-2:]), turned.view(-1, *turned.shape[-2:]), strict=True)
+        for source, target in matrices:  # one by one, for memory's sake
+            padded = torch.nn.functional.pad(source, (0, padding, 0, padding))
+            padded.diagonal()[self.width :] = 0.01 * source.diagonal().mean()
+            both = whole.rotate(whole.rotate(padded).mT)
+            torch.add(both, both.mT, out=target).div_(2)  # rounding must not leave it lopsided
+        return turned
 
     def _transform(self, x: Tensor) -> Tensor:
         """Orthogonal Hadamard transform of every block of `x` `[..., columns]`."""
@@ -95,13 +96,9 @@ class Rotation:
         parts = x.split(self.blocks, -1)
         return torch.cat([hadamard(part) * (1.0 / part.shape[-1] ** 0.5) for part in parts], -1)
 
-    def _signs(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        before, after = self._host_signs
-        return before.to(device), None if after is None else after.to(device)
-
     @cached_property
-    def _host_signs(self) -> tuple[Tensor, Tensor | None]:
-        """Signs `[columns]` before and after the transform."""
+    def signs(self) -> tuple[Tensor, Tensor | None]:
+        """Signs `[columns]` before and after the transform, on the CPU."""
         if self.kind == "jangtq":
             drawn = np.random.default_rng(SEED).choice([-1.0, 1.0], size=self.width)
             return torch.from_numpy(drawn.astype(np.float32)), None
@@ -109,3 +106,9 @@ class Rotation:
         draw = lambda: (torch.randint(0, 2, (self.block,), generator=generator) * 2 - 1).float()  # noqa: E731
         before, after = draw(), draw()
         return before.repeat(len(self.blocks)), after.repeat(len(self.blocks))
+
+
+@lru_cache(maxsize=64)
+def _signs(rotation: Rotation, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    before, after = rotation.signs
+    return before.to(device), None if after is None else after.to(device)

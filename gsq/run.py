@@ -24,19 +24,19 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gsq.codebook import QuantizedTensor
 from gsq.config import Config, parse_config
 from gsq.errors import UserError
 from gsq.files import explained, save_tensors, sync, write_whole
-from gsq.kernels.packing import pack_dense, unpack_dense
-from gsq.model.checkpoint import Checkpoint, read_json
+from gsq.kernels.packing import WORD, pack_dense, unpack_dense
+from gsq.model.checkpoint import Checkpoint, fingerprint, read_json
 from gsq.plan.rules import Plan
 
-CONFIG, PLAN, SOURCE, TOKENS, JOURNAL, LAYERS = (
-    "config.yaml", "plan.json", "source.json", "tokens.safetensors", "journal.jsonl", "layers",
+CONFIG, PLAN, SOURCE, TOKENS, JOURNAL, LAYERS, EXPORT = (
+    "config.yaml", "plan.json", "source.json", "tokens.safetensors", "journal.jsonl", "layers", "export",
 )  # fmt: skip
-SAMPLE = 1 << 20  # bytes of a source file that its fingerprint looks at
 
 
 class Run:
@@ -122,16 +122,18 @@ class Run:
         return self
 
     def bytes_from(self, layer: int) -> int:
-        """Bytes on disk that the layers from this one on will take, and the export, if it goes into this folder."""
+        """Bytes on disk that the layers from this one on will take, and the export, if it is to go into this folder."""
         layers = sum(entry.bytes_after for entry in self.plan.targets() if entry.layer >= layer)
-        inside = self.config.export.format and not self.config.export.out
+        export = self.config.export
+        inside = export.format and not export.out and not (self.folder / EXPORT).exists()
         return layers + (self.plan.summary()["bytes_after"] if inside else 0)
 
     def save_layer(self, layer: int, quantized: dict[str, QuantizedTensor], **facts: object) -> None:
         """Write a finished layer, then its journal line."""
         tensors: dict[str, Tensor] = {}
         for name, q in quantized.items():
-            tensors[name + ".codes"] = pack_dense(q.codes, q.codebook.bits).cpu()
+            padding = -q.codes.shape[-1] % WORD
+            tensors[name + ".codes"] = pack_dense(pad(q.codes, (0, padding)), q.codebook.bits).cpu()
             tensors[name + ".scales"] = q.scales.cpu().contiguous()
         path = self._layer_file(layer)
         write_whole(path, lambda partial: save_tensors(tensors, partial), self.bytes_from(layer))
@@ -150,6 +152,7 @@ class Run:
             raise UserError(f"layer {entry.layer} of {self.folder} is not finished; continue the run with --resume")
         with safe_open(path, framework="pt") as layer:
             codes = unpack_dense(layer.get_tensor(name + ".codes"), entry.codebook.bits)
+            codes = codes[..., : entry.codebook.columns(entry.shape[-1])].contiguous()
             return QuantizedTensor(codes, layer.get_tensor(name + ".scales"), entry.codebook)
 
     def load_layer(self, layer: int) -> dict[str, QuantizedTensor]:
@@ -167,20 +170,6 @@ class Run:
         """Forget lines behind the last finished layer, so that new ones follow it."""
         text = "".join(json.dumps(line) + "\n" for line in self.finished())
         write_whole(self.folder / JOURNAL, lambda partial: partial.write_text(text), len(text))
-
-
-def fingerprint(source: Checkpoint) -> str:
-    """Hash of what a checkpoint's headers say, with the size and the last megabyte of each file."""
-    digest = hashlib.sha256()
-    for name, info in sorted(source.tensors.items()):
-        digest.update(f"{name} {info.dtype} {info.shape} {info.file.name}\n".encode())
-    for path in sorted({info.file for info in source.tensors.values()}):
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - SAMPLE))
-            digest.update(f"{size}\n".encode() + file.read())
-    digest.update(json.dumps(source.config, sort_keys=True).encode())
-    return digest.hexdigest()
 
 
 def _checksum(path: Path) -> str:

@@ -34,17 +34,18 @@ from gsq.config import Config
 from gsq.device import activation_dtype, keep_freed_memory, peak_memory, pick_device
 from gsq.errors import UserError
 from gsq.eval.quality import eval_tokens, evaluate
-from gsq.export.base import check_plan, export_run, open_model
+from gsq.export.base import check_plan, export_run, format_of, open_model
 from gsq.export.verify import verify
 from gsq.files import check_space
 from gsq.model.checkpoint import Checkpoint
 from gsq.model.resolve import load_tokenizer, resolve_model
 from gsq.model.skeleton import Skeleton
-from gsq.plan.rules import Plan, make_plan
+from gsq.plan.kurtosis import measured
+from gsq.plan.rules import Plan, candidates, make_plan
 from gsq.quantize import LayerWork, Recipe, quantized_layer
 from gsq.refine.loop import Schedule
 from gsq.report import write_report
-from gsq.run import Run
+from gsq.run import EXPORT, Run
 from gsq.tracking import Tracker
 
 
@@ -60,9 +61,12 @@ def train(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a run is one process as yet; start it with `accelerate launch --num_processes 1`")
-    folder = folder or Path(config.run or "runs/gsq")
+    folder = folder or run_folder(config)
     keep_freed_memory()
-    skeleton, plan = prepare(config, pick_device())
+    device = pick_device()
+    dtype = str(activation_dtype(device, config.dtype)).removeprefix("torch.")
+    config = config.model_copy(update={"dtype": dtype})  # the run remembers what `auto` was
+    skeleton, plan = prepare(config, device)
     eval_windows(config, skeleton.checkpoint.folder)
     if resume and folder.exists():
         run = Run.resume(folder, config, skeleton.checkpoint)
@@ -92,7 +96,8 @@ def start(folder: Path, config: Config, skeleton: Skeleton, plan: Plan) -> Run:
 def tokens_for(config: Config, folder: Path, device: torch.device) -> Tensor:
     """Calibration tokens `[windows, length]` that `config` asks for, of the model in `folder`."""
     calib = config.calib
-    return calibration_tokens(calib.source, folder, calib.windows, calib.length, config.seed, device)
+    dtype = activation_dtype(device, config.dtype)
+    return calibration_tokens(calib.source, folder, calib.windows, calib.length, config.seed, device, dtype)
 
 
 def finish(run: Run, event: Callable[..., None]) -> None:
@@ -121,7 +126,7 @@ def eval_windows(config: Config, folder: Path) -> Tensor | None:
 
 def export_folder(folder: Path, config: Config) -> Path:
     """Where a run in `folder` writes its checkpoint."""
-    return Path(config.export.out) if config.export.out else folder / "export"
+    return Path(config.export.out) if config.export.out else folder / EXPORT
 
 
 def tracker_for(run: Run, finished: int) -> Tracker:
@@ -133,17 +138,37 @@ def tracker_for(run: Run, finished: int) -> Tracker:
     )  # fmt: skip
 
 
-def prepare(config: Config, device: torch.device) -> tuple[Skeleton, Plan]:
-    """Everything that can be checked before work starts: the checkpoint's headers, its architecture, the plan."""
+def run_folder(config: Config) -> Path:
+    """The run folder that a config names."""
+    return Path(config.run or "runs/gsq")
+
+
+def prepare(config: Config, device: torch.device, scan: bool = False) -> tuple[Skeleton, Plan]:
+    """Everything that can be checked before work starts: the checkpoint's headers, its architecture, the plan.
+
+    Reads weights only if a rule needs their kurtosis, or if `scan` asks for that of all that can be quantized.
+    """
     source = Checkpoint.open(resolve_model(config.model.name))
-    if "quantization_config" in source.config:
-        method = source.config["quantization_config"].get("quant_method", "unknown")
+    if method := format_of(source):
         raise UserError(f"{source.folder} is quantized already ({method}); give the original checkpoint")
     skeleton = Skeleton(source, device, activation_dtype(device, config.dtype), config.model.max_layers)
-    plan = make_plan(skeleton, config.plan.rules)
+    plan = make_plan(skeleton, config.plan.rules, kurtosis(config, skeleton, scan), config.plan.kurtosis.limits())
     if config.export.format:
         check_plan(config.export.format, source, plan.entries)
     return skeleton, plan
+
+
+def kurtosis(config: Config, skeleton: Skeleton, everything: bool = False) -> dict[str, float]:
+    """Kurtosis by parameter of what the rules ask it of, or of `everything` that can be quantized.
+
+    Remembered beside the run folder that the config names, so that one command finds what another measured.
+    """
+    rules, folder = config.plan.rules, run_folder(config)
+    wanted = candidates(skeleton, None if everything else rules)
+    if not wanted:
+        return {}
+    make_plan(skeleton, rules, dict.fromkeys(wanted, 0.0))  # a rule that cannot hold is found before a long read
+    return measured(skeleton.checkpoint, wanted, folder.with_name(folder.name + ".kurtosis.json"))
 
 
 def walk(run: Run, skeleton: Skeleton, finished: int, event: Callable[..., None]) -> None:

@@ -276,7 +276,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def read_tokens(source: object, folder: Path, windows: int = 2, length: int = 4, seed: int = 0) -> list[str]:
     """The windows that `source` gives, as text, `|` between documents."""
-    tokens = calibration_tokens(str(source), folder, windows, length, seed, CPU)
+    tokens = calibration_tokens(str(source), folder, windows, length, seed, CPU, torch.float32)
     assert tokens.shape == (windows, length)
     assert tokens.dtype == torch.int64
     return [models.tiny_tokenizer().decode(row).replace("</s>", "|") for row in tokens]
@@ -346,7 +346,7 @@ def test_sources_that_are_no_text(tmp_path: Path, folder: Path):
 
 
 def sampled(folder: Path, seed: int, windows: int = 5, length: int = 9) -> Tensor:
-    return calibration_tokens("self", folder, windows, length, seed, CPU)
+    return calibration_tokens("self", folder, windows, length, seed, CPU, torch.float32)
 
 
 def test_text_from_the_model_itself(folder: Path, monkeypatch):

@@ -123,6 +123,12 @@ def test_yaml_round_trip(recipe: Path):
     assert parse_config(yaml.safe_load(config.to_yaml())) == config
 
 
+def test_a_rule_without_groups_is_read_back(recipe: Path):
+    config = load_config(recipe, ["plan.rules=[{match: a, bits: 2, codebook: jangtq}]"])
+    again = parse_config(yaml.safe_load(config.to_yaml()))
+    assert again.fixed() == config.fixed()
+
+
 def test_fixed_settings_are_those_that_change_the_layers(recipe: Path):
     fixed = load_config(recipe).fixed()
     assert {"model.name", "plan.rules", "calib.windows", "refine.steps", "seed", "dtype"} <= fixed.keys()

@@ -85,6 +85,7 @@ def test_humming_accepts_every_tensor(which: str, request: pytest.FixtureRequest
     for module in packed:
         schema = HummingWeightSchema.from_config(published(config, module))
         tensors = {leaf: stored.read(f"{module}.{leaf}") for leaf in ("weight", "weight_scale")}
+        assert torch.equal(dense.read(f"{module}.weight", 3), dense.read(f"{module}.weight")[3])
         schema.validate_tensors(tensors, *dense.tensors[f"{module}.weight"].shape, torch.bfloat16)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 from torch import Tensor
 
-from gsq.kernels.packing import pack_dense, unpack_dense
+from gsq.kernels.packing import pack_dense, pack_words, unpack_dense, unpack_words
 
 
 def oracle(row: list[int], bits: int) -> list[int]:
@@ -40,6 +40,24 @@ def test_packing_matches_the_oracle_and_unpacks(case: tuple[Tensor, int]):
     assert torch.equal(unpack_dense(words, bits), codes)
 
 
+def aligned(row: list[int], bits: int) -> list[int]:
+    """Unsigned words of one row when no code straddles two: each word is a little integer of its own."""
+    lanes = 32 // bits
+    words = [row[start : start + lanes] for start in range(0, len(row), lanes)]
+    return [sum(code << (lane * bits) for lane, code in enumerate(word)) for word in words]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 8), st.integers(0, 3), st.integers(1, 4), st.integers(0, 2**16))
+def test_whole_words_match_their_oracle_and_unpack(bits: int, rows: int, count: int, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (2, rows, count * (32 // bits)), dtype=torch.uint8, generator=generator)
+    words = pack_words(codes, bits)
+    assert (words.dtype, words.shape) == (torch.uint32, (2, rows, count))
+    assert words.tolist() == [[aligned(row, bits) for row in batch] for batch in codes.tolist()]
+    assert torch.equal(unpack_words(words, bits), codes)
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_extreme_codes_at_every_width(bits: int):
     codes = torch.tensor([[0, 2**bits - 1] * 32, [2**bits - 1] * 64], dtype=torch.uint8)
@@ -57,6 +75,8 @@ def test_a_batch_of_experts_is_packed_row_by_row():
 def test_rows_must_be_whole_blocks():
     with pytest.raises(ValueError, match="multiple of 32"):
         pack_dense(torch.zeros(1, 33, dtype=torch.uint8), 2)
+    with pytest.raises(ValueError, match="multiple of 10"):
+        pack_words(torch.zeros(1, 32, dtype=torch.uint8), 3)
     with pytest.raises(ValueError, match="whole number"):
         unpack_dense(torch.zeros(1, 4, dtype=torch.int32), 3)
 
@@ -64,3 +84,6 @@ def test_rows_must_be_whole_blocks():
 def test_codes_must_fit():
     with pytest.raises(ValueError, match="code 4 does not fit in 2 bits"):
         pack_dense(torch.full((1, 32), 4, dtype=torch.uint8), 2)
+    for bits in (2, 3):
+        with pytest.raises(ValueError, match=f"code 9 does not fit in {bits} bits"):
+            pack_words(torch.full((1, 160), 9, dtype=torch.uint8), bits)

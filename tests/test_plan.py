@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_llama, tiny_qwen3_5_moe, tiny_qwen3_moe
+from models import tiny_llama, tiny_qwen3_5, tiny_qwen3_5_moe, tiny_qwen3_moe
 from runs import MemoryRun
 from safetensors.torch import load_file
 
 from gsq.codebook import Codebook
-from gsq.config import Rule
+from gsq.config import Rule, load_config
 from gsq.errors import UserError
 from gsq.export.base import export_run
 from gsq.export.inspect import inspect
 from gsq.model.checkpoint import Checkpoint
 from gsq.model.skeleton import Skeleton
-from gsq.plan.rules import Plan, make_plan, role_of
+from gsq.plan.rules import Plan, candidates, make_plan, role_of
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +167,28 @@ def test_every_tensor_has_a_role_and_is_counted_once(tmp_path: Path):
 )
 def test_roles(name: str, role: str):
     assert role_of(name) == role
+
+
+TINY = {  # the architecture of a recipe's model, in small
+    "HuggingFaceTB/SmolLM2-135M-Instruct": tiny_llama,
+    "Qwen/Qwen3.6-27B": tiny_qwen3_5,
+    "Qwen/Qwen3.6-35B-A3B": tiny_qwen3_5_moe,
+    "tiny-qwen35-moe": tiny_qwen3_5_moe,
+}
+RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_rule_of_a_published_recipe_decides_about_something(path: Path, tmp_path: Path):
+    config = load_config(path)
+    if config.model.name not in TINY:
+        pytest.skip(f"no tiny model is like {config.model.name}")
+    rules = [rule.model_copy(update={"group_size": 32}) for rule in config.plan.rules]
+    folder = TINY[config.model.name](tmp_path / "model")
+    skeleton = Skeleton(Checkpoint.open(folder), torch.device("cpu"), torch.float32)
+    plan = make_plan(skeleton, rules, dict.fromkeys(candidates(skeleton, rules), 3.0))
+    deciding = {entry.rule for entry in plan.entries.values()}
+    assert {rule.match for rule in rules} == deciding - {"not a target", "no rule matches", "not walked"}
 
 
 def test_json_round_trip(moe: Path, tmp_path: Path):

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jang_tools.turboquant import rotation as jang
 from jang_tools.turboquant.codebook import compute_codebook
+from jang_tools.turboquant.linear import tq_quantize_experts
 from torch import Tensor
 from turboquant_vllm.torch_ops import PolarQuantTorch
 
 from gsq.codebook import Codebook, CodebookError, QuantizedTensor
+from gsq.init.rtn import match_norms
 from gsq.kernels import hadamard as kernel
 from gsq.kernels.hadamard import hadamard
 from gsq.levels import gaussian_levels, sphere_levels
@@ -40,7 +42,7 @@ def test_the_transform_is_the_matrix(power: int, rows: int, seed: int):
 def test_the_transform_leaves_its_input_alone_and_does_not_see_chunks(monkeypatch: pytest.MonkeyPatch):
     x = random(3, 7, 64)
     before, whole = x.clone(), hadamard(x)
-    monkeypatch.setattr(kernel, "CHUNK", 128)
+    monkeypatch.setitem(kernel.CHUNK, "cpu", 128)
     assert torch.equal(hadamard(x), whole)
     assert torch.equal(hadamard(x[1, :1]), whole[1, :1])
     assert torch.equal(x, before)
@@ -121,6 +123,19 @@ def test_comparing_bounds_finds_the_same_codes_as_a_search():
         assert torch.equal(codebook.nearest(x), torch.bucketize(x, bounds).to(torch.uint8))
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("width", [64, 96, 256])
+def test_matched_norms_are_what_jang_writes(bits: int, width: int):
+    weights = random(2, 5, width, seed=bits).bfloat16()
+    weights[0, 0] = 0
+    wanted = tq_quantize_experts(weights.float().numpy(), bits=bits)
+    found = match_norms(weights, Codebook.jangtq(bits, width))
+    assert np.array_equal(found.scales[..., 0].numpy(), wanted["norms"])
+    shifts = np.arange(32 // bits, dtype=np.uint32) * bits
+    codes = wanted["packed"][..., None] >> shifts & ((1 << bits) - 1)
+    assert np.array_equal(found.codes.numpy(), codes.reshape(weights.shape))
+
+
 def test_a_codebook_describes_itself():
     for codebook in (Codebook.tq(3, 32, 100), Codebook.jangtq(2, 96), Codebook.lloyd(4, 64), Codebook.integer(2, 64)):
         assert Codebook.from_dict(codebook.to_dict()) == codebook
@@ -131,3 +146,7 @@ def test_a_codebook_describes_itself():
 def test_a_rotated_group_is_a_power_of_two():
     with pytest.raises(CodebookError, match="use 64 or 128"):
         Codebook.tq(3, 96, 192)
+    with pytest.raises(CodebookError, match="not 1; use 2 or 4"):
+        Codebook.tq(3, 1, 64)
+    with pytest.raises(CodebookError, match="mostly padding of rows of 64"):
+        Codebook.tq(3, 256, 64)

@@ -24,9 +24,12 @@ import torch
 from models import tiny_llama
 
 import gsq.train
+from gsq.codebook import Codebook
 from gsq.config import Config, load_config
 from gsq.errors import UserError
+from gsq.init.rtn import round_to_nearest
 from gsq.model.checkpoint import Checkpoint
+from gsq.plan.rules import Plan, PlanEntry
 from gsq.run import JOURNAL, LAYERS, Run
 
 ROOT = Path(__file__).parent.parent
@@ -224,7 +227,30 @@ def test_another_model_is_refused(recipe: Path, config: Config, finished: Path, 
     with pytest.raises(UserError, match=r"model\.name was .*model', is .*other'"):
         gsq.train.train(load_config(recipe, [f"model.name={other}"]), finished, resume=True)
     with pytest.raises(UserError, match=r"the checkpoint .*other has changed since the run began"):
-        Run.resume(finished, config, Checkpoint.open(other))
+        Run.resume(finished, Run.open(finished).config, Checkpoint.open(other))
+
+
+@pytest.mark.parametrize("codebook", [Codebook.tq(3, 8, 70), Codebook.jangtq(2, 40), Codebook.integer(5, 8)], ids=str)
+def test_a_layer_of_any_width_comes_back(codebook: Codebook, config: Config, tmp_path: Path):
+    width = codebook.rotation.width if codebook.rotation else 40
+    quantized = round_to_nearest(codebook.rotate(torch.randn(3, 6, width)), codebook)
+    entry = PlanEntry("experts", (3, 6, width), "bfloat16", codebook, ["experts"], "", "", 0, 1)
+    (tmp_path / "layers").mkdir()
+    run = Run(tmp_path, config, Plan({"experts": entry}))
+    run.save_layer(0, {"experts": quantized})
+    back = run.load("experts")
+    assert torch.equal(back.codes, quantized.codes)
+    assert torch.equal(back.scales, quantized.scales)
+    assert torch.equal(back.dequantize(), quantized.dequantize())
+
+
+def test_the_run_remembers_what_its_dtype_was_on_this_processor(recipe: Path, config: Config, finished: Path):
+    assert config.dtype == "auto"
+    was = Run.open(finished).config.dtype
+    assert was in ("bfloat16", "float32")
+    other = "float32" if was == "bfloat16" else "bfloat16"
+    with pytest.raises(UserError, match=f"dtype was '{was}', is '{other}'"):
+        gsq.train.train(load_config(recipe, [f"dtype={other}"]), finished, resume=True)
 
 
 def test_accelerate_launches_the_program(recipe: Path, tmp_path: Path):

@@ -10,6 +10,7 @@ import models
 import numpy as np
 import pytest
 import torch
+from runs import MemoryRun
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from turboquant_vllm.checkpoint import save_tq3_checkpoint
@@ -24,7 +25,6 @@ from gsq.export.base import check_plan, export_run, open_model
 from gsq.export.dequantize import dequantize
 from gsq.export.verify import verify
 from gsq.model.checkpoint import SINGLE, Checkpoint
-from runs import MemoryRun
 
 LAYERS = r"^model\.(language_model\.)?layers\.\d+\.(mlp|self_attn|linear_attn)\..*"
 PROJECTIONS = LAYERS + r"(_proj|in_proj_\w+)(\.weight)?$"
@@ -85,6 +85,7 @@ def test_an_export_is_verified_and_decoded(exported: tuple[MemoryRun, Path], tmp
     for entry in quantized:
         ours = run.load(entry.name).dequantize(torch.bfloat16)
         assert torch.equal(torch.cat([dense.read(name) for name in entry.sources]).reshape(ours.shape), ours)
+        assert torch.equal(open_model(folder).read(entry.sources[0], 1), dense.read(entry.sources[0])[1])
     for name, info in run.source.tensors.items():
         if not any(name in entry.sources for entry in quantized):
             assert torch.equal(dense.read(name), run.source.read(name).half()), name
@@ -121,6 +122,7 @@ def test_conversion_writes_what_the_readers_own_writer_writes(make, bits: int, s
     theirs = load_file(tmp_path / "theirs" / SINGLE)
     common = ours.keys() & theirs.keys()  # it leaves what has less than 128 rows and columns as it is
     assert sum(name.endswith(".tq_packed") for name in common) >= 4
+    assert make is models.tiny_llama or any(name.endswith("experts.gate_up_proj.tq_packed") for name in common)
     for name in common:
         assert ours[name].dtype == theirs[name].dtype
         exact = not name.endswith(".tq_norms")
@@ -195,10 +197,49 @@ def test_a_changed_export_does_not_pass(tensor: str, change, tmp_path: Path):
         verify(folder, run)
 
 
-def test_a_wrong_width_in_the_config_does_not_pass(tmp_path: Path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bits": 4}, {"bits": None}, {"group_size": 64}, {"group_size": 48}, {"group_size": "32"}, {"group_size": None},
+        {"quantizer_seed": 7}, {"format": "other"}, {"sensitive_patterns": ["o_proj"]},
+        {"sensitive_patterns": ["o_proj"], "sensitive_bits": 4},
+        {"orig_in_dims": {"model.layers.0.mlp.up_proj.weight": 7}},
+        {"orig_in_dims": {"model.layers.0.mlp.up_proj.weight": 63}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_config_that_says_something_else_does_not_pass(change: dict, tmp_path: Path):
     run = MemoryRun(models.tiny_llama(tmp_path / "source"), {PROJECTIONS: tq(3)})
     folder = export_run(run, "tq", tmp_path / "export")
     config = json.loads((folder / "tq_config.json").read_text())
-    (folder / "tq_config.json").write_text(json.dumps(config | {"bits": 4}))
-    with pytest.raises(UserError, match="another codebook"):
+    (folder / "tq_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=r"tq_config\.json"):
         verify(folder, run)
+    if change.get("orig_in_dims", {}).get("model.layers.0.mlp.up_proj.weight") != 63:  # within the last group
+        with pytest.raises(UserError, match=r"tq_config\.json"):
+            open_model(folder)
+
+
+def test_a_verification_does_not_see_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = MemoryRun(models.tiny_qwen3_5_moe(tmp_path / "source"), {PROJECTIONS: tq(3)})
+    folder = export_run(run, "tq", tmp_path / "export")
+    whole = str(verify(folder, run))
+    monkeypatch.setattr("gsq.export.verify.SLICE", 100)
+    assert str(verify(folder, run)) == whole
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_damaged_weight_is_not_converted(name: str, value: float, tmp_path: Path):
+    source = models.tiny_llama(tmp_path / "source")
+    tensors = load_file(source / SINGLE)
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, source / SINGLE, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"{name} holds NaN or Inf"):
+        convert(parse_config(config_of(source)), tmp_path / "out")
+
+
+def test_an_export_is_no_source(tmp_path: Path):
+    export = convert(parse_config(config_of(models.tiny_llama(tmp_path / "source"))), tmp_path / "export")
+    with pytest.raises(UserError, match=r"export is quantized already \(tq\)"):
+        convert(parse_config(config_of(export)), tmp_path / "out")

@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gsq.device import activation_dtype
 from gsq.errors import UserError
 from gsq.model.resolve import load_tokenizer
 
@@ -27,10 +26,12 @@ FILES = {".txt", ".md", ".json", ".jsonl"}  # a hub id may hold a dot, but not e
 SELF_BATCH = 64  # sequences sampled at once
 
 
-def calibration_tokens(source: str, folder: Path, windows: int, length: int, seed: int, device: torch.device) -> Tensor:
+def calibration_tokens(
+    source: str, folder: Path, windows: int, length: int, seed: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
     """Token ids int64 `[windows, length]` from `source`, with the tokenizer (and for `self` the model) in `folder`."""
     if source == "self":
-        return sample_from_model(folder, windows, length, seed, device)
+        return sample_from_model(folder, windows, length, seed, device, dtype)
     if source.endswith(".safetensors"):
         return stored_tokens(Path(source).expanduser(), windows, length)
     tokenizer = load_tokenizer(folder)
@@ -68,12 +69,14 @@ def pack(texts: Iterator[str], tokenizer, windows: int, length: int, origin: str
     )
 
 
-def sample_from_model(folder: Path, windows: int, length: int, seed: int, device: torch.device) -> Tensor:
+def sample_from_model(
+    folder: Path, windows: int, length: int, seed: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
     """Windows that the model itself writes, at temperature 1, each from a random first token (as in LLM-QAT,
     https://arxiv.org/abs/2305.17888). Needs the whole model in memory."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=activation_dtype(device)).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     damaged = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if damaged:
         raise UserError(f"{damaged[0]} holds NaN or Inf; the source checkpoint is damaged, download it again")

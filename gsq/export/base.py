@@ -22,21 +22,27 @@ from torch import Tensor
 
 from gsq.codebook import Codebook, QuantizedTensor
 from gsq.errors import UserError
-from gsq.model.checkpoint import Checkpoint, CheckpointWriter
+from gsq.model.checkpoint import Checkpoint, CheckpointWriter, sound
 from gsq.model.targets import expert_part_names
 
 
 @dataclass(frozen=True)
 class Format:
-    """Module that implements a format, and what to call it in front of users."""
+    """Module that implements a format, what to call it in front of users, and how they use an export."""
 
     module: str
     description: str
+    usage: str = "serve it: vllm serve {folder}"
 
 
 FORMATS: dict[str, Format] = {
     "humming": Format("gsq.export.humming", "integers of 2 to 8 bits, for vLLM with Humming kernels"),
     "tq": Format("gsq.export.turboquant", "2 to 4 bits in a rotated basis, for vLLM and MLX with turboquant-plus-vllm"),
+    "jangtq": Format(
+        "gsq.export.jangtq",
+        "routed experts of 2 to 4 bits, 8 bits elsewhere, for MLX with jang",
+        usage="load it: jang_tools.load_jangtq.load_jangtq_model('{folder}')",
+    ),
 }
 
 
@@ -71,28 +77,38 @@ class Run(Protocol):
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """A dense tensor `shape` as an export stores it: in the tensors `stored`, in the manner `label`."""
+    """A dense tensor `shape` as an export stores it: in the tensors `stored`, in the manner `label`.
+
+    `decode(part)` gives it in `dtype`: all of it for None, or one index of its first dimension.
+    """
 
     shape: tuple[int, ...]
     stored: tuple[str, ...]
     label: str
-    decode: Callable[[], Tensor]
+    decode: Callable[[int | None], Tensor]
+    dtype: torch.dtype = torch.bfloat16
 
 
 class DecodedCheckpoint(Checkpoint):
-    """An export seen as a dense checkpoint: packed tensors are decoded to bfloat16 when read.
+    """An export seen as a dense checkpoint: packed tensors are decoded when read.
 
     `packed` maps dense names to how they are stored; `stored` is the export itself; `markers` are
-    files that mean nothing to readers of dense checkpoints.
+    files, and `settings` keys of `config.json`, that mean nothing to readers of dense checkpoints.
     """
 
-    def __init__(self, stored: Checkpoint, packed: dict[str, PackedTensor], markers: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        stored: Checkpoint,
+        packed: dict[str, PackedTensor],
+        markers: tuple[str, ...] = (),
+        settings: tuple[str, ...] = ("quantization_config",),
+    ):
         hidden = {name for tensor in packed.values() for name in tensor.stored} - packed.keys()
         tensors = {name: info for name, info in stored.tensors.items() if name not in hidden}
         for name, tensor in packed.items():
             info = stored.tensors[tensor.stored[0]]
-            tensors[name] = replace(info, dtype=torch.bfloat16, shape=tensor.shape)
-        config = {key: value for key, value in stored.config.items() if key != "quantization_config"}
+            tensors[name] = replace(info, dtype=tensor.dtype, shape=tensor.shape)
+        config = {key: value for key, value in stored.config.items() if key not in settings}
         super().__init__(stored.folder, config, tensors)
         self.stored, self.packed, self.markers = stored, packed, markers
 
@@ -104,8 +120,7 @@ class DecodedCheckpoint(Checkpoint):
         """The dense tensor `name`, or index `part` of its first dimension."""
         if name not in self.packed:
             return self.stored.read(name, part)
-        tensor = self.packed[name].decode()
-        return tensor if part is None else tensor[part]
+        return self.packed[name].decode(part)
 
 
 def format_module(format: str) -> ModuleType:
@@ -135,18 +150,26 @@ def export_run(run: Run, format: str, out: str | Path, shard_bytes: int = 2 << 3
     return writer.finish()
 
 
+def format_of(checkpoint: Checkpoint) -> str | None:
+    """What a checkpoint is quantized in: one of `FORMATS`, or whatever its config says; None if it is dense."""
+    for format in FORMATS:
+        if format_module(format).recognizes(checkpoint):
+            return format
+    config = checkpoint.config.get("quantization_config") or checkpoint.config.get("quantization")
+    if not config:
+        return None
+    return config.get("quant_method") or config.get("mode", "unknown") if isinstance(config, dict) else str(config)
+
+
 def open_model(folder: str | Path) -> Checkpoint:
     """A checkpoint of dense tensors: the folder itself, or the decoded view of an export of ours."""
     checkpoint = Checkpoint.open(folder)
-    for format in FORMATS:
-        module = format_module(format)
-        if module.recognizes(checkpoint):
-            return module.decoded(checkpoint)
-    config = checkpoint.config.get("quantization_config")
-    if config:
-        method = config.get("quant_method") if isinstance(config, dict) else config
+    format = format_of(checkpoint)
+    if format in FORMATS:
+        return format_module(format).decoded(checkpoint)
+    if format:
         raise UserError(
-            f"{folder} is quantized in the format {method!r}, which GSQ does not read; "
+            f"{folder} is quantized in the format {format!r}, which GSQ does not read; "
             f"it reads dense checkpoints and its own exports ({', '.join(FORMATS)})"
         )
     return checkpoint
@@ -163,6 +186,32 @@ def walk(source: Checkpoint, entries: Mapping[str, PlanEntry]) -> Iterator[tuple
             yield name, quantized[name]
         elif name not in replaced:
             yield name, None
+
+
+def require_codebook(entry: PlanEntry, format: str) -> None:
+    """Raise `UserError` unless an entry has the rotated codebook of the format's name; say what could hold it."""
+    codebook = entry.codebook
+    kind = codebook.rotation.kind if codebook.rotation else None
+    if kind != format:
+        integers = all(level == int(level) for level in codebook.levels)
+        home = kind or ("humming" if integers else None)
+        advice = f", or export as {home}" if home else "; no format holds this one"
+        raise UserError(
+            f"{entry.name}: format {format} holds codebook {format} only; use it in the plan's rule{advice}"
+        )
+
+
+def as_float16(name: str, tensor: Tensor, format: str) -> Tensor:
+    """A tensor as formats store what they do not pack; raises `UserError` if float16 cannot hold it."""
+    if not tensor.is_floating_point():
+        return tensor
+    extremes = torch.stack(sound(name, tensor).aminmax()) if tensor.numel() else torch.zeros(2)
+    if not extremes.half().isfinite().all():
+        raise UserError(
+            f"{name} holds {float(extremes.abs().max()):g}, and format {format} stores it in float16, which ends at "
+            "65504; quantize this tensor, or export to another format"
+        )
+    return tensor.half()
 
 
 def _bytes_after(source: Checkpoint, entries: Mapping[str, PlanEntry]) -> int:

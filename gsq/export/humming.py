@@ -280,12 +280,12 @@ def _packed_tensor(checkpoint: Checkpoint, name: str) -> PackedTensor:
     return PackedTensor(shape, (name, scale_name(name)), str(setting), partial(_decode, checkpoint, name, setting))
 
 
-def _decode(checkpoint: Checkpoint, name: str, setting: Setting) -> Tensor:
-    """bfloat16 weights `[out, in]`.
+def _decode(checkpoint: Checkpoint, name: str, setting: Setting, part: int | None) -> Tensor:
+    """bfloat16 weights `[out, in]`, or row `part`.
 
     Integer level times bfloat16 scale has at most 16 significant bits, so the float32 product is
     exact, and rounding it to bfloat16 is the only rounding there is; for 2 bits, whose levels are
     powers of two or zero, there is none.
     """
-    codes = unpack_dense(checkpoint.read(name), setting.bits)
-    return setting.codebook().decode(codes, checkpoint.read(scale_name(name))).to(torch.bfloat16)
+    codes = unpack_dense(checkpoint.read(name, part), setting.bits)
+    return setting.codebook().decode(codes, checkpoint.read(scale_name(name), part)).to(torch.bfloat16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from heapq import heapify, heappop, heappush
 
 from gsq.errors import UserError
 
@@ -17,28 +18,27 @@ def cover(names: set[str], avoid: list[str], exact: set[bool]) -> list[tuple[str
     says which of these a reader can do. Raises `UserError` if there is no such choice.
     """
     text = "\n".join(f".{name}." for name in avoid)
+    taken = {run for name in avoid for run in _runs(name)}  # most of what `text` holds, found quickly
     holders: dict[str, set[str]] = defaultdict(set)
     for name in names:
         for run in _runs(name):
             holders[run].add(name)
-    chosen: list[tuple[str, bool]] = []
     left = set(names)
+    # The best candidate first: most names, then a substring, then the fewest segments. As names are covered a
+    # candidate only gets worse, so one whose place is still right when it comes up is the best of all.
+    ranked = [(-len(holders[run]), whole, run.count("."), run) for run in holders.keys() - taken for whole in exact]
+    heapify(ranked)
+    chosen: list[tuple[str, bool]] = []
     while left:
-        ranked = sorted(
-            ((run, whole) for run in holders if holders[run] & left for whole in exact),
-            key=lambda candidate: (
-                -len(holders[candidate[0]] & left),
-                candidate[1],
-                candidate[0].count("."),
-                candidate[0],
-            ),
-        )
-        fits = (c for c in ranked if (f".{c[0]}." if c[1] else c[0]) not in text)
-        choice = next(fits, None)
-        if choice is None:
+        if not ranked:
             raise UserError(f"no pattern tells {min(left)} from modules with another codebook; give them the same one")
-        chosen.append(choice)
-        left -= holders[choice[0]]
+        count, whole, segments, run = heappop(ranked)
+        now = -len(holders[run] & left)
+        if now and now != count:
+            heappush(ranked, (now, whole, segments, run))
+        elif now and (f".{run}." if whole else run) not in text:
+            chosen.append((run, whole))
+            left -= holders[run]
     return chosen
 
 

@@ -13,6 +13,7 @@ Source: `turboquant_vllm.checkpoint.save_tq3_checkpoint` and `turboquant_vllm.ml
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -22,13 +23,23 @@ from torch import Tensor
 
 from gsq.codebook import Codebook, QuantizedTensor
 from gsq.errors import UserError
-from gsq.export.base import DecodedCheckpoint, PackedTensor, PlanEntry, Run, linear_names, linears, walk
+from gsq.export.base import (
+    DecodedCheckpoint,
+    PackedTensor,
+    PlanEntry,
+    Run,
+    as_float16,
+    linear_names,
+    linears,
+    require_codebook,
+    walk,
+)
 from gsq.export.patterns import cover
 from gsq.kernels.packing import OCTET, pack_bytes, unpack_bytes
 from gsq.model.checkpoint import Checkpoint, CheckpointWriter, read_json
 from gsq.rotation import SEED
 
-CONFIG = "tq_config.json"
+CONFIG, FORMAT = "tq_config.json", "tq3_native"
 PACKED, NORMS = ".tq_packed", ".tq_norms"
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # where a model's config may say it
 
@@ -42,7 +53,7 @@ def write(run: Run, writer: CheckpointWriter) -> None:
     """Add all tensors, `config.json` and `tq_config.json`."""
     for name, entry in walk(run.source, run.plan.entries):
         if entry is None:
-            writer.add(name, as_float16(name, run.source.read(name)))
+            writer.add(name, as_float16(name, run.source.read(name), "tq"))
             continue
         for weight, quantized in stored_parts(entry, run.load(entry.name)):
             packed, norms = pack(quantized)
@@ -60,10 +71,34 @@ def recognizes(checkpoint: Checkpoint) -> bool:
 
 def decoded(checkpoint: Checkpoint) -> DecodedCheckpoint:
     """The export as dense tensors; raises `UserError` where tensors and `tq_config.json` disagree."""
-    config = read_json(checkpoint.folder / CONFIG)
+    config = read_config(checkpoint)
     names = [name.removesuffix(PACKED) for name in checkpoint.tensors if name.endswith(PACKED)]
     packed = {name: _packed_tensor(checkpoint, config, name) for name in names}
     return DecodedCheckpoint(checkpoint, packed, markers=(CONFIG,))
+
+
+def read_config(checkpoint: Checkpoint) -> dict:
+    """`tq_config.json` of a folder; raises `UserError` for what this reader, or theirs, would misread."""
+    path = checkpoint.folder / CONFIG
+    config = read_json(path)
+    expected = {"format": FORMAT, "quantizer_seed": SEED}
+    wrong = [f"{key} {config.get(key)!r}, not {value!r}" for key, value in expected.items() if config.get(key) != value]
+    widths = [
+        config.get(key) for key in ("bits", "sensitive_bits") if key == "bits" or config.get("sensitive_patterns")
+    ]
+    wrong += [f"{width!r} bits" for width in widths if width not in (2, 3, 4)]
+    size = config.get("group_size")
+    if not isinstance(size, int) or size < OCTET or size & (size - 1):
+        wrong.append(f"group size {size!r}")
+    if wrong:
+        raise UserError(f"{path} says {', '.join(wrong)}, which GSQ does not write; export again")
+    return config
+
+
+def bits_of(config: dict, weight: str) -> int:
+    """Width of a tensor, as readers find it."""
+    sensitive = any(pattern in weight for pattern in config.get("sensitive_patterns", []))
+    return config["sensitive_bits" if sensitive else "bits"]
 
 
 def pack(quantized: QuantizedTensor) -> tuple[Tensor, Tensor]:
@@ -71,19 +106,6 @@ def pack(quantized: QuantizedTensor) -> tuple[Tensor, Tensor]:
     codebook, codes = quantized.codebook, quantized.codes
     packed = pack_bytes(codes.reshape(-1, codebook.group_size), codebook.bits)
     return packed, quantized.scales.reshape(-1, codes.shape[-1] // codebook.group_size)
-
-
-def as_float16(name: str, tensor: Tensor) -> Tensor:
-    """A tensor as the format stores what it does not pack; raises `UserError` if float16 cannot hold it."""
-    if not tensor.is_floating_point():
-        return tensor
-    half = tensor.half()
-    if not half.isfinite().all() and tensor.isfinite().all():
-        raise UserError(
-            f"{name} holds {float(tensor.abs().max()):g}, and format tq stores it in float16, which ends at 65504; "
-            "quantize this tensor, or export to another format"
-        )
-    return half
 
 
 def stored_names(entry: PlanEntry) -> list[str]:
@@ -115,8 +137,8 @@ def tq_config(source: Checkpoint, entries: Mapping[str, PlanEntry]) -> dict:
     if len(others) > 1:
         raise UserError(f"format tq holds two widths at most, the plan has {sorted(weights)}; drop one")
     config = {
-        "format": "tq3_native", "bits": default, "group_size": next(iter(sizes)), "quantizer_seed": SEED,
-        "compressed_layers": len(stored), "original_model": source.folder.name,
+        "format": FORMAT, "bits": default, "group_size": next(iter(sizes)), "quantizer_seed": SEED,
+        "compressed_layers": len(stored), "original_model": _model_id(source),
     }  # fmt: skip
     if others:
         wanted = {name for name, codebook in stored.items() if codebook.bits != default}
@@ -126,25 +148,32 @@ def tq_config(source: Checkpoint, entries: Mapping[str, PlanEntry]) -> dict:
     return config | ({"orig_in_dims": padded} if padded else {})
 
 
+def _model_id(source: Checkpoint) -> str:
+    """Hub id of a checkpoint in the hub's cache (`models--org--name/snapshots/<commit>`), else its folder's name."""
+    folder = source.folder
+    cached = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
+    return folder.parent.parent.name.removeprefix("models--").replace("--", "/") if cached else folder.name
+
+
 def _check_entry(entry: PlanEntry) -> None:
-    codebook = entry.codebook
-    kind = codebook.rotation.kind if codebook.rotation else None
-    if kind != "tq":
-        home = kind or "humming"
-        raise UserError(
-            f"{entry.name}: format tq holds codebook tq only; use it in the plan's rule, or export as {home}"
-        )
-    if codebook.group_size % OCTET:
-        raise UserError(f"{entry.name}: format tq packs groups of a multiple of {OCTET}, not {codebook.group_size}")
+    require_codebook(entry, "tq")
+    size = entry.codebook.group_size
+    if size % OCTET:
+        raise UserError(f"{entry.name}: format tq packs groups of a multiple of {OCTET}, not {size}")
 
 
 def _packed_tensor(checkpoint: Checkpoint, config: dict, name: str) -> PackedTensor:
     packed, norms = checkpoint.tensors[name + PACKED], checkpoint.tensors.get(name + NORMS)
-    size = config["group_size"]
-    if norms is None or len(norms.shape) != 2 or packed.shape[0] != norms.numel:
-        raise UserError(f"{name}{PACKED} needs norms for {packed.shape[0]} groups, but has {norms}; export again")
-    bits = packed.shape[1] * 8 // size
-    rows, in_features = norms.shape[0], config.get("orig_in_dims", {}).get(name, norms.shape[1] * size)
+    size, bits = config["group_size"], bits_of(config, name)
+    if norms is None or len(norms.shape) != 2 or packed.shape != (norms.numel, size * bits // 8):
+        raise UserError(
+            f"{name} is packed as {packed.shape} with norms {norms and norms.shape}, which is no weight of {bits} bits "
+            f"in groups of {size}, as {CONFIG} says; export again"
+        )
+    rows, columns = norms.shape[0], norms.shape[1] * size
+    in_features = config.get("orig_in_dims", {}).get(name, columns)
+    if not columns - size < in_features <= columns:
+        raise UserError(f"{CONFIG} says that rows of {name} have {in_features} weights, not {columns}; export again")
     shape = (rows, in_features)
     if not name.endswith(".weight"):  # fused experts
         experts = _experts(checkpoint)
@@ -162,8 +191,13 @@ def _experts(checkpoint: Checkpoint) -> int:
     return found[0]
 
 
-def _decode(checkpoint: Checkpoint, name: str, codebook: Codebook, shape: tuple[int, ...]) -> Tensor:
-    """bfloat16 weights of `shape`."""
-    norms = checkpoint.read(name + NORMS)  # [rows, groups]
-    codes = unpack_bytes(checkpoint.read(name + PACKED), codebook.bits).view(len(norms), -1)
+def _decode(checkpoint: Checkpoint, name: str, codebook: Codebook, shape: tuple[int, ...], part: int | None) -> Tensor:
+    """bfloat16 weights of `shape`, or index `part` of its first dimension."""
+    rows = None
+    if part is not None:
+        count = math.prod(shape[1:-1])
+        rows, shape = slice(part * count, (part + 1) * count), shape[1:]
+    norms = checkpoint.read(name + NORMS, rows)  # [rows, groups]
+    groups = rows and slice(rows.start * norms.shape[1], rows.stop * norms.shape[1])
+    codes = unpack_bytes(checkpoint.read(name + PACKED, groups), codebook.bits).view(len(norms), -1)
     return QuantizedTensor(codes, norms, codebook).dequantize(torch.bfloat16).view(shape)

@@ -3,7 +3,7 @@
 A check is worth what it does not share with what it checks: files are parsed from their bytes, and
 codes are unpacked and decoded here in NumPy, by another rule than the writer's. So this module
 must not use `gsq.kernels` or the codebook's decode; of `Checkpoint` it takes only the check that
-every shard is whole and inside its folder.
+every shard is whole and inside its folder, of a format only its names for things.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ import torch
 
 from gsq.codebook import QuantizedTensor
 from gsq.errors import UserError
-from gsq.export import humming, turboquant
+from gsq.export import humming, jangtq, turboquant
 from gsq.export.base import PlanEntry, Run, format_module, linears, walk
 from gsq.model.checkpoint import INDEX, SINGLE, Checkpoint, read_json
 
 SHOWN = 5  # differences named in an error
+SLICE = 1 << 20  # weights decoded at once
 LENGTH = 8  # bytes in front of a shard's header that tell its length
 FLOATS = {"F32": "<f4", "F64": "<f8"}
+PIECE = 1 << 16  # groups of a kept tensor that are rounded at once
 
 
 @dataclass(frozen=True)
@@ -78,19 +80,19 @@ def verify(folder: str | Path, run: Run) -> Report:
     format = next((name for name in COMPARE if format_module(name).recognizes(checkpoint)), None)
     if format is None:
         raise UserError(f"{folder} is in none of the formats that verify knows: {', '.join(COMPARE)}")
-    compare, kept_as = COMPARE[format]
-    report, config = Report(format), checkpoint.config
-    if {**config, "quantization_config": None} != {**run.source.config, "quantization_config": None}:
-        report.differences.append("config.json differs from the source beyond quantization_config")
+    comparison = COMPARE[format]
+    report = Report(format)
     stored = _open_shards(folder, report.differences)
     source = _open_shards(run.source.folder, [])
+    report.differences += comparison.config(checkpoint, run.source.config, stored)
     seen: set[str] = set()
     for name, entry in walk(run.source, run.plan.entries):
         if entry is None:
-            seen.add(name)
-            _compare_kept(name, stored, kept_as(source[name]), report)
+            for place, wanted in comparison.kept(name, source[name]).items():
+                seen.add(place)
+                _compare_kept(place, stored, wanted, report)
         else:
-            for weight, names, difference in compare(entry, run.load(entry.name), stored, checkpoint):
+            for weight, names, difference in comparison.quantized(entry, run.load(entry.name), stored, checkpoint):
                 seen.update(names)
                 if difference:
                     report.differences.append(f"{weight}: {difference}")
@@ -154,7 +156,7 @@ def _humming_difference(
 
 def _compare_tq(entry: PlanEntry, quantized: QuantizedTensor, stored: Stored, checkpoint: Checkpoint) -> Compared:
     """Packed weights of an entry of the run."""
-    config = read_json(checkpoint.folder / "tq_config.json")
+    config = turboquant.read_config(checkpoint)
     for weight, wanted in turboquant.stored_parts(entry, quantized):
         names = (weight + ".tq_packed", weight + ".tq_norms")
         difference = _missing(names, stored) or _tq_difference(wanted, *(stored[n] for n in names), config, weight)
@@ -164,60 +166,214 @@ def _compare_tq(entry: PlanEntry, quantized: QuantizedTensor, stored: Stored, ch
 def _tq_difference(
     wanted: QuantizedTensor, packed: RawTensor, norms: RawTensor, config: dict, weight: str
 ) -> str | None:
-    sensitive = any(pattern in weight for pattern in config.get("sensitive_patterns", []))
-    bits, size = config["sensitive_bits" if sensitive else "bits"], config["group_size"]
-    codes = wanted.codes.reshape(-1, wanted.codes.shape[-1]).numpy()
-    groups = codes.shape[1] // wanted.codebook.group_size
+    bits, size = turboquant.bits_of(config, weight), config["group_size"]
+    codes = wanted.codes.reshape(-1, wanted.codes.shape[-1])
+    rows, groups = len(codes), codes.shape[1] // wanted.codebook.group_size
     if (bits, size) != (wanted.codebook.bits, wanted.codebook.group_size):
         return f"tq_config.json says {bits} bits in groups of {size}, the run has another codebook"
-    if (packed.dtype, packed.shape) != ("U8", (codes.size // size, size * bits // 8)):
+    if (packed.dtype, packed.shape) != ("U8", (rows * groups, size * bits // 8)):
         return f"codes are stored as {packed.dtype} {packed.shape}"
-    if (norms.dtype, norms.shape) != ("F32", (len(codes), groups)):
+    if (norms.dtype, norms.shape) != ("F32", (rows, groups)):
         return f"norms are stored as {norms.dtype} {norms.shape}"
     width = config.get("orig_in_dims", {}).get(weight, codes.shape[1])
-    values = wanted.dequantize().reshape(len(codes), -1).numpy()
-    if width != values.shape[1]:
-        return f"tq_config.json says rows of {width}, the run has {values.shape[1]}"
-    found = _unpack(packed.data.reshape(packed.shape), bits)
-    if not np.array_equal(found.reshape(codes.shape), codes):
-        return "codes differ"
-    scales = norms.data.view("<f4").reshape(norms.shape)
+    if width != wanted.codebook.rotation.width:
+        return f"tq_config.json says rows of {width}, the run has {wanted.codebook.rotation.width}"
+    scales = norms.data.view("<f4").reshape(norms.shape).copy()
     if not np.array_equal(scales, wanted.scales.reshape(norms.shape).numpy()):
         return "norms differ"
-    decoded = _rotate_back(np.array(wanted.codebook.levels)[found]) * scales.reshape(-1, 1)
-    # another order of operations than the writer's, in float64, so up to rounding
-    if not np.allclose(decoded.reshape(len(codes), -1)[:, :width], values, rtol=0, atol=1e-6 * np.abs(scales).max()):
-        return "decoded values differ"
+    octets, step = packed.data.reshape(rows, -1), max(1, SLICE // codes.shape[1])
+    for part in (slice(start, start + step) for start in range(0, rows, step)):
+        found = _unpack(octets[part].reshape(-1, packed.shape[1]), bits)
+        if not np.array_equal(found.reshape(-1, codes.shape[1]), codes[part].numpy()):
+            return "codes differ"
+        decoded = _rotate_back(np.array(wanted.codebook.levels)[found]) * scales[part].reshape(-1, 1)
+        expected = QuantizedTensor(codes[part], torch.from_numpy(scales[part]), wanted.codebook).dequantize().numpy()
+        # another order of operations than the writer's, in float64, so up to rounding
+        error = np.abs(decoded.reshape(len(expected), -1)[:, :width] - expected)
+        if not (error <= 1e-6 * np.abs(scales[part]).max()).all():
+            return "decoded values differ"
     return None
 
 
 def _rotate_back(units: np.ndarray) -> np.ndarray:
     """Groups `[n, d]` out of the rotated basis, by the whole matrix: signs, Hadamard, signs."""
     size = units.shape[1]
-    matrix = np.ones((1, 1))
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
     generator = torch.Generator().manual_seed(42)
     before, after = (torch.randint(0, 2, (size,), generator=generator).numpy() * 2 - 1 for _ in range(2))
-    return (units * after) @ matrix / np.sqrt(size) * before
+    return (units * after) @ _hadamard(size.bit_length() - 1) / np.sqrt(size) * before
+
+
+def _compare_jangtq(entry: PlanEntry, quantized: QuantizedTensor, stored: Stored, checkpoint: Checkpoint) -> Compared:
+    """Stacked experts of an entry of the run."""
+    beside = checkpoint.folder / "jangtq_runtime.safetensors"
+    runtime = _open_shard(beside) if beside.exists() else {}
+    for module, wanted in jangtq.stored_parts(entry, quantized):
+        names = (module + ".tq_packed", module + ".tq_norms", module + ".tq_bits")
+        difference = _missing(names, stored) or _runtime_difference(wanted, runtime)
+        yield module, names, difference or _jangtq_difference(wanted, *(stored[name] for name in names))
+
+
+def _runtime_difference(wanted: QuantizedTensor, runtime: Stored) -> str | None:
+    bits, columns = wanted.codebook.bits, wanted.codes.shape[-1]
+    tables = {f"signs.{columns}.42": _jangtq_signs(columns), f"codebook.{columns}.{bits}": wanted.codebook.levels}
+    for name, values in tables.items():
+        table = RawTensor("F32", (len(values),), np.array(values, "<f4").view(np.uint8))
+        if name not in runtime or not runtime[name].same_as(table):
+            return f"jangtq_runtime.safetensors lacks {name}, or has another"
+    return None
+
+
+def _jangtq_signs(columns: int) -> np.ndarray:
+    return np.random.default_rng(42).choice([-1.0, 1.0], size=columns)
+
+
+def _jangtq_difference(wanted: QuantizedTensor, packed: RawTensor, norms: RawTensor, width: RawTensor) -> str | None:
+    bits, lanes = wanted.codebook.bits, 32 // wanted.codebook.bits
+    experts, rows, columns = wanted.codes.shape
+    if (width.dtype, width.shape, width.data.tolist()) != ("U8", (1,), [bits]):
+        return f"tq_bits is {width.data.tolist()}, the run has {bits} bits"
+    if (packed.dtype, packed.shape) != ("U32", (experts, rows, columns // lanes)):
+        return f"codes are stored as {packed.dtype} {packed.shape}"
+    if (norms.dtype, norms.shape) != ("F16", (experts, rows)):
+        return f"norms are stored as {norms.dtype} {norms.shape}"
+    scales = norms.data.view("<f2").reshape(norms.shape)
+    if not np.array_equal(scales, wanted.scales.reshape(norms.shape).numpy()):
+        return "norms differ"
+    words = packed.data.view("<u4").reshape(packed.shape)
+    levels, signs = np.array(wanted.codebook.levels), _jangtq_signs(columns)
+    tolerance = 1e-6 * np.abs(scales).max()  # another order of operations, in float64, so up to rounding
+    for expert in range(experts):
+        codes = (words[expert][..., None] >> np.arange(lanes, dtype=np.uint32) * bits) & ((1 << bits) - 1)
+        codes = codes.reshape(rows, columns)
+        if not np.array_equal(codes, wanted.codes[expert].numpy()):
+            return f"codes of expert {expert} differ"
+        decoded = _split_hadamard(levels[codes]) * signs * scales[expert][:, None].astype(np.float64)
+        values = QuantizedTensor(wanted.codes[expert], wanted.scales[expert], wanted.codebook).dequantize().numpy()
+        if not np.allclose(decoded, values, rtol=0, atol=tolerance):
+            return f"decoded values of expert {expert} differ"
+    return None
+
+
+def _split_hadamard(rows: np.ndarray) -> np.ndarray:
+    """Rows `[n, in]` transformed in blocks, the descending powers of two that add up to `in`; each as a product."""
+    done, parts = 0, []
+    for bit in reversed(range(rows.shape[1].bit_length())):
+        if rows.shape[1] >> bit & 1:
+            first, second = _hadamard(bit // 2), _hadamard(bit - bit // 2)  # the matrix is their Kronecker product
+            block = rows[:, done : done + (1 << bit)].reshape(-1, len(first), len(second))
+            parts.append((first @ block @ second).reshape(len(rows), -1) / np.sqrt(1 << bit))
+            done += 1 << bit
+    return np.concatenate(parts, axis=1)
+
+
+def _hadamard(order: int) -> np.ndarray:
+    """The matrix of `2^order` rows, in natural order."""
+    matrix = np.ones((1, 1))
+    for _ in range(order):
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix
 
 
 def _missing(names: tuple[str, ...], stored: Stored) -> str | None:
     return next((f"{name} is missing" for name in names if name not in stored), None)
 
 
-def _identical(tensor: RawTensor) -> RawTensor:
+def _identical(name: str, tensor: RawTensor) -> Stored:
     """Kept tensors that are copied bit for bit."""
-    return tensor
+    return {name: tensor}
 
 
-def _as_float16(tensor: RawTensor) -> RawTensor:
+def _as_float16(name: str, tensor: RawTensor) -> Stored:
     """Kept tensors that are rounded to float16."""
+    return {name: _half(tensor)}
+
+
+def _kept_by_jangtq(name: str, tensor: RawTensor) -> Stored:
+    """Kept tensors under MLX's names: dropped, rounded to float16, with channels last, or to affine 8 bits."""
+    kind = jangtq.kind_of(name, tensor.shape)
+    if kind == "dropped":
+        return {}
+    place, half = jangtq.stored_name(name), _half(tensor)
+    if kind == "float16":
+        return {place: half}
+    values = half.data.view("<f2")
+    if kind == "channels last":
+        moved = np.moveaxis(values.reshape(half.shape), 1, -1)
+        return {place: RawTensor("F16", moved.shape, np.ascontiguousarray(moved).reshape(-1).view(np.uint8))}
+    rows, groups = half.shape[0], half.shape[1] // 64
+    codes, scales, biases = _affine8(values.reshape(-1, 64))
+    module = place.removesuffix(".weight")
+    return {
+        place: RawTensor("U32", (rows, groups * 16), codes.reshape(-1)),
+        module + ".scales": RawTensor("F16", (rows, groups), scales.view(np.uint8)),
+        module + ".biases": RawTensor("F16", (rows, groups), biases.view(np.uint8)),
+    }
+
+
+def _affine8(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes uint8 `[n, 64]`, scales and biases float16 `[n]` of groups float16 `[n, 64]`, as MLX defines them."""
+    codes = np.empty(weights.shape, np.uint8)
+    scales, biases = np.empty(len(weights), np.float16), np.empty(len(weights), np.float16)
+    for start in range(0, len(weights), PIECE):
+        part = slice(start, start + PIECE)
+        w = weights[part].astype(np.float32)
+        low, high = w.min(axis=1), w.max(axis=1)
+        upwards = np.abs(low) > np.abs(high)  # codes count up from the lowest weight, or down from the highest
+        bias = np.where(upwards, low, high)
+        step = np.maximum((high - low) / np.float32(255), np.float32(1e-7))
+        scale = np.where(upwards, step, -step)
+        count = np.rint(bias / scale)
+        scale = np.divide(bias, count, out=scale, where=count != 0)
+        bias[count == 0] = 0
+        codes[part] = np.rint((w - bias[:, None]) / scale[:, None]).clip(0, 255)
+        scales[part], biases[part] = scale, bias
+    return codes, scales, biases
+
+
+def _half(tensor: RawTensor) -> RawTensor:
+    """Floating-point numbers rounded to float16."""
     if tensor.dtype not in ("BF16", *FLOATS):
         return tensor
     raw = tensor.data
     values = _bfloat16(raw.view("<u2")) if tensor.dtype == "BF16" else raw.view(FLOATS[tensor.dtype])
     return RawTensor("F16", tensor.shape, values.astype(np.float16).view(np.uint8))
+
+
+def _config_as_source(checkpoint: Checkpoint, source: dict, stored: Stored) -> list[str]:
+    """What `config.json` says otherwise than the source's, quantization aside."""
+    alike = {**checkpoint.config, "quantization_config": None} == {**source, "quantization_config": None}
+    return [] if alike else ["config.json differs from the source beyond quantization_config"]
+
+
+def _config_of_jangtq(checkpoint: Checkpoint, source: dict, stored: Stored) -> list[str]:
+    """What `config.json` and the other files beside the tensors say otherwise than source and tensors."""
+    text = source.get("text_config") or source
+    setting = {"group_size": 64, "bits": 8, "mode": "affine"}
+    affine = [name.removesuffix(".scales") for name in stored if name.endswith(".scales")]
+    widths = _stored_widths(stored)
+    wanted = {key: value for key, value in source.items() if key != "quantization_config"}
+    wanted |= {"quantization": setting | dict.fromkeys(affine, setting), "weight_format": "mxtq"}
+    wanted |= {"mxtq_seed": 42, "mxtq_bits": widths}
+    if wanted.get("eos_token_id") is None and "eos_token_id" in text:
+        wanted["eos_token_id"] = text["eos_token_id"]
+    differences = [] if checkpoint.config == wanted else ["config.json does not describe source and tensors"]
+    jang = read_json(checkpoint.folder / "jang_config.json")
+    roles = ("attention", "linear_attention", "shared_expert", "embed_tokens", "lm_head")
+    if jang.get("mxtq_bits") != dict.fromkeys(roles, 8) | {"routed_expert": widths}:
+        differences.append("jang_config.json does not describe the widths")
+    if jang.get("mxtq_seed") != 42:
+        differences.append("jang_config.json does not describe the rotation")
+    return differences
+
+
+def _stored_widths(stored: Stored) -> int | dict[str, int]:
+    """Bits of all stacked experts, or, if they differ, the commonest of each projection."""
+    found: dict[str, list[int]] = {}
+    for name in stored:
+        if name.endswith(".tq_bits"):
+            found.setdefault(name.split(".")[-2], []).append(int(stored[name].data[0]))
+    every = {bits for widths in found.values() for bits in widths}
+    return every.pop() if len(every) == 1 else {part: max(sorted(w), key=w.count) for part, w in found.items()}
 
 
 def _unpack(rows: np.ndarray, bits: int) -> np.ndarray:
@@ -262,8 +418,17 @@ def _open_shard(path: Path) -> Stored:
     return tensors
 
 
-# How the quantized tensors of each format are compared, and what becomes of kept ones.
-COMPARE: dict[str, tuple[Callable[..., Compared], Callable[[RawTensor], RawTensor]]] = {
-    "humming": (_compare_humming, _identical),
-    "tq": (_compare_tq, _as_float16),
+@dataclass(frozen=True)
+class Comparison:
+    """How the quantized tensors of a format are compared, what becomes of a kept one, what configs must say."""
+
+    quantized: Callable[[PlanEntry, QuantizedTensor, Stored, Checkpoint], Compared]
+    kept: Callable[[str, RawTensor], Stored]
+    config: Callable[[Checkpoint, dict, Stored], list[str]]
+
+
+COMPARE = {
+    "humming": Comparison(_compare_humming, _identical, _config_as_source),
+    "tq": Comparison(_compare_tq, _as_float16, _config_as_source),
+    "jangtq": Comparison(_compare_jangtq, _kept_by_jangtq, _config_of_jangtq),
 }

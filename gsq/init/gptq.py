@@ -13,7 +13,7 @@ from torch import Tensor
 from gsq.codebook import Codebook, QuantizedTensor
 from gsq.init.rtn import search_scales
 
-BLOCK = 128  # columns whose errors are spread at once, by one matrix product
+BLOCK = 128  # columns, about, whose errors are spread at once, by one matrix product
 
 
 def gptq(weights: Tensor, hessian: Tensor, codebook: Codebook) -> QuantizedTensor:
@@ -26,22 +26,20 @@ def gptq(weights: Tensor, hessian: Tensor, codebook: Codebook) -> QuantizedTenso
     batch, rows, columns = weights.shape
     size = codebook.group_size
     groups = codebook.groups(columns)
-    block = size * max(1, BLOCK // size)  # whole groups, so that a scale sees every earlier error
     upper = inverse_factor(hessian)  # [batch, in, in]
     pivots = upper.diagonal(dim1=-2, dim2=-1)  # [batch, in]
     table = codebook.level_table(weights.device)
     left = weights.float().clone()
     codes = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
     scales = torch.empty(batch, rows, groups, dtype=codebook.scale_dtype, device=weights.device)
-    for start in range(0, columns, block):
-        end = min(start + block, columns)
+    for start, end in _blocks(columns, size):
         current = left[..., start:end]
         errors = torch.empty_like(current)
         for column in range(start, end):
             here = column - start
             if column % size == 0:
                 importance = pivots[:, None, column : column + size] ** -2
-                found = search_scales(current[..., here : here + size], codebook, importance)
+                found = search_scales(left[..., column : column + size], codebook, importance)
                 scales[..., column // size] = found[..., 0]
                 scale = found[..., 0].float()
                 safe = torch.where(scale == 0, torch.inf, scale)
@@ -52,6 +50,15 @@ def gptq(weights: Tensor, hessian: Tensor, codebook: Codebook) -> QuantizedTenso
             current[..., here + 1 :] -= error[..., None] * upper[:, None, column, column + 1 : end]
         left[..., end:] -= errors @ upper[:, start:end, end:]
     return QuantizedTensor(codes, scales, codebook)
+
+
+def _blocks(columns: int, size: int) -> list[tuple[int, int]]:
+    """Blocks of columns: whole groups, or parts of one, so that a scale sees every earlier error."""
+    if size <= BLOCK:
+        step = size * (BLOCK // size)
+        return [(start, min(start + step, columns)) for start in range(0, columns, step)]
+    ends = range(size, columns + 1, size)
+    return [(start, min(start + BLOCK, end)) for end in ends for start in range(end - size, end, BLOCK)]
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:

@@ -97,6 +97,7 @@ def _match_norms(rows: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
     norms = torch.linalg.norm(groups, dim=1)
     units = groups / torch.where(norms > 0, norms, 1)[:, None]
     codes = codebook.nearest(rotation.of_group().rotate(units))
-    reached = torch.linalg.norm(codebook.level_table()[codes.int()], dim=1)
+    reached = codebook.level_table().index_select(0, codes.view(-1).int()).view_as(units)
+    reached = torch.linalg.norm(reached, dim=1)
     norms = norms / torch.where(reached > 0, reached, 1)
     return codes.view(len(rows), -1), norms.view(len(rows), -1)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 17  # numbers transformed at once on a CPU: they stay in its cache
+CHUNK = {"cpu": 1 << 17}  # numbers transformed at once: on a CPU they stay in its cache,
+ELSEWHERE = 1 << 26  # elsewhere the copies stay small beside the whole
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -21,12 +22,10 @@ def hadamard(x: Tensor) -> Tensor:
     if d & (d - 1) or not d:
         raise ValueError(f"a Hadamard transform needs a power of two, got {d}")
     rows = x.reshape(-1, d)
-    if x.device.type != "cpu":
-        return _butterfly(rows.T).T.reshape(x.shape)
     out = torch.empty_like(rows)
-    for part in range(0, len(rows), max(1, CHUNK // d)):
-        chunk = slice(part, part + max(1, CHUNK // d))
-        out[chunk] = _butterfly(rows[chunk].T).T
+    step = max(1, CHUNK.get(x.device.type, ELSEWHERE) // d)
+    for start in range(0, len(rows), step):
+        out[start : start + step] = _butterfly(rows[start : start + step].T).T
     return out.view(x.shape)
 
 

@@ -7,6 +7,7 @@ what a layer is, or that anything is quantized.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from gsq.files import check_space, explained, save_tensors, sync
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SAMPLE = 1 << 20  # bytes of a file that a fingerprint looks at
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -90,10 +92,14 @@ class Checkpoint:
             tensors |= found
         return cls(folder, config, tensors)
 
-    def read(self, name: str, part: int | None = None) -> Tensor:
-        """The tensor `name` on the CPU in its stored dtype; with `part`, only that index of its first dimension."""
+    def read(self, name: str, part: int | slice | None = None) -> Tensor:
+        """The tensor `name` on the CPU in its stored dtype; with `part`, only that much of its first dimension."""
         with safe_open(self.tensors[name].file, framework="pt") as shard:
             return shard.get_tensor(name) if part is None else shard.get_slice(name)[part]
+
+    def read_sound(self, name: str, part: int | slice | None = None) -> Tensor:
+        """Like `read`, of a weight; raises `UserError` for NaN or Inf in it."""
+        return sound(name, self.read(name, part))
 
     def side_files(self) -> Iterator[Path]:
         """Everything beside the weights that a user of the model needs: tokenizer, chat template, configs, licence."""
@@ -130,6 +136,7 @@ class CheckpointWriter:
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
         self._total_bytes = 0
+        self._metadata: dict | None = None
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Queue a tensor; a full shard is written at once."""
@@ -140,10 +147,24 @@ class CheckpointWriter:
         self._pending_bytes += size
         self._total_bytes += size
 
+    def add_all(self, tensors: dict[str, Tensor]) -> None:
+        """Queue several tensors."""
+        for name, tensor in tensors.items():
+            self.add(name, tensor)
+
     def write_json(self, file: str, content: dict) -> None:
         """A JSON file of the checkpoint, such as its `config.json`."""
         with self._writing():
             (self.partial / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def write_tensors(self, file: str, tensors: dict[str, Tensor]) -> None:
+        """A safetensors file that is no shard: its tensors are not in the index."""
+        with self._writing():
+            save_tensors(tensors, self.partial / file)
+
+    def describe(self, metadata: dict) -> None:
+        """Put `metadata` into the index, which is then written even if there is only one shard."""
+        self._metadata = metadata
 
     def copy(self, path: Path) -> None:
         """A side file, byte for byte."""
@@ -154,7 +175,7 @@ class CheckpointWriter:
         """Write what is pending and the index, then give the folder its name."""
         if self._pending or not self._shards:
             self._flush()
-        if len(self._shards) == 1:
+        if len(self._shards) == 1 and self._metadata is None:
             (self.partial / self._shard_file(0, None)).rename(self.partial / SINGLE)
         else:
             self._name_shards()
@@ -187,12 +208,33 @@ class CheckpointWriter:
             final = self._shard_file(number, len(self._shards))
             (self.partial / self._shard_file(number, None)).rename(self.partial / final)
             weight_map |= dict.fromkeys(names, final)
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        self.write_json(INDEX, index)
+        metadata = {**(self._metadata or {}), "total_size": self._total_bytes}
+        self.write_json(INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
 
     @staticmethod
     def _shard_file(number: int, total: int | None) -> str:
         return f"model-{number + 1:05d}" + (f"-of-{total:05d}" if total else "") + ".safetensors"
+
+
+def fingerprint(source: Checkpoint) -> str:
+    """Hash of what a checkpoint's headers say, with the size and the last megabyte of each file."""
+    digest = hashlib.sha256()
+    for name, info in sorted(source.tensors.items()):
+        digest.update(f"{name} {info.dtype} {info.shape} {info.file.name}\n".encode())
+    for path in sorted({info.file for info in source.tensors.values()}):
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - SAMPLE))
+            digest.update(f"{size}\n".encode() + file.read())
+    digest.update(json.dumps(source.config, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def sound(name: str, tensor: Tensor) -> Tensor:
+    """`tensor`, if it holds no NaN or Inf; else raises `UserError`."""
+    if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
+        raise UserError(f"{name} holds NaN or Inf; the source checkpoint is damaged, download it again")
+    return tensor
 
 
 def read_json(path: Path) -> dict:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
 from gsq.errors import UserError
-from gsq.model.checkpoint import Checkpoint
+from gsq.model.checkpoint import Checkpoint, sound
 from gsq.model.targets import EXPERT_PARTS, sources
 
 
@@ -92,9 +92,7 @@ class Skeleton:
         else:
             self._check_shape(names[0], shape)
             tensor = self.checkpoint.read(names[0]).to(self.device, dtype)
-        if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
-            raise UserError(f"{parameter} holds NaN or Inf; the source checkpoint is damaged, download it again")
-        return tensor
+        return sound(parameter, tensor)
 
     def sources(self, parameter: str, shape: tuple[int, ...]) -> list[str]:
         """Names of the checkpoint's tensors that make up a parameter."""

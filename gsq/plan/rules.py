@@ -1,6 +1,7 @@
 """The plan: for every parameter of the model, and every other tensor of the checkpoint, quantize or keep, and why.
 
-Made from names and shapes alone, so that an impossible recipe stops before any weight is read.
+Made from names and shapes alone, so that an impossible recipe stops before any weight is read; where a
+rule asks for it, also from the kurtosis of weights, which `gsq.plan.kurtosis` measures.
 """
 
 from __future__ import annotations
@@ -8,23 +9,30 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import nn
 
 from gsq.codebook import Codebook, CodebookError
-from gsq.config import Rule
+from gsq.config import Kurtosis, Rule
 from gsq.errors import UserError
 from gsq.model.skeleton import Skeleton
 from gsq.model.targets import EXPERT_PARTS
+from gsq.plan.kurtosis import bits_for
+
+DEFAULT_LIMITS = MappingProxyType(Kurtosis().limits())
 
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """What becomes of one parameter: `codebook` None means kept. `sources` are its tensors in the checkpoint."""
+    """What becomes of one parameter: `codebook` None means kept. `sources` are its tensors in the checkpoint.
+
+    `rule` is the pattern that decided, or why none did; `kurtosis` that of its weights, if it was measured.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -35,6 +43,12 @@ class PlanEntry:
     role: str
     layer: int | None
     bytes_before: int
+    kurtosis: float | None = None
+
+    @property
+    def reason(self) -> str:
+        """The rule, and what it saw."""
+        return self.rule if self.kurtosis is None else f"{self.rule} (kurtosis {self.kurtosis:.2f})"
 
     @property
     def numel(self) -> int:
@@ -91,8 +105,17 @@ class Plan:
         return cls(entries)
 
 
-def make_plan(skeleton: Skeleton, rules: list[Rule]) -> Plan:
-    """Apply `rules` to the targets of the layers to walk; raises `UserError` for a rule that cannot hold."""
+def make_plan(
+    skeleton: Skeleton,
+    rules: list[Rule],
+    kurtosis: Mapping[str, float] = MappingProxyType({}),
+    limits: Mapping[int, float] = DEFAULT_LIMITS,
+) -> Plan:
+    """Apply `rules` to the targets of the layers to walk; raises `UserError` for a rule that cannot hold.
+
+    `kurtosis` is that of weights by parameter name: of all `candidates(skeleton, rules)` at least; `limits`
+    are those of the config.
+    """
     entries: dict[str, PlanEntry] = {}
     claimed: set[str] = set()
     targets = _targets(skeleton)
@@ -104,14 +127,19 @@ def make_plan(skeleton: Skeleton, rules: list[Rule]) -> Plan:
             continue
         rule = _first_match(name, rules)
         layer = _layer(name, skeleton.layer_names)
-        codebook = _codebook(rule, name, shape) if rule and name in targets else None
+        walked = layer is not None and layer < skeleton.num_layers
+        bits = rule and rule.bits
+        if bits == "kurtosis":
+            bits = bits_for(kurtosis[name], limits, rule.widths) if name in targets and walked else None
+        codebook = _codebook(rule, bits, name, shape) if rule and name in targets else None
         reason = _reason(rule, name in targets, layer, skeleton.num_layers)
-        if codebook is not None and layer >= skeleton.num_layers:
+        if not walked:
             codebook = None
         before = sum(skeleton.checkpoint.tensors[source].nbytes for source in names)
         claimed |= set(names)
         dtype = str(skeleton.checkpoint.tensors[names[0]].dtype).removeprefix("torch.")
-        entries[name] = PlanEntry(name, shape, dtype, codebook, names, reason, role_of(name), layer, before)
+        role, found = role_of(name), kurtosis.get(name)
+        entries[name] = PlanEntry(name, shape, dtype, codebook, names, reason, role, layer, before, found)
     for name, info in skeleton.checkpoint.tensors.items():
         if name not in claimed:  # tensors that transformers does not load, such as MTP
             dtype = str(info.dtype).removeprefix("torch.")
@@ -120,6 +148,20 @@ def make_plan(skeleton: Skeleton, rules: list[Rule]) -> Plan:
     if not any(entry.codebook for entry in entries.values()):
         raise UserError("the plan quantizes nothing: its rules match only layers beyond model.max_layers, or keep all")
     return Plan(entries)
+
+
+def candidates(skeleton: Skeleton, rules: list[Rule] | None = None) -> dict[str, list[str]]:
+    """Parameters of the layers to walk that can be quantized, with their tensors in the checkpoint.
+
+    With `rules`, only those whose bits depend on their kurtosis.
+    """
+    found = {}
+    for name in _targets(skeleton):
+        rule = _first_match(name, rules or [])
+        wanted = rules is None or (rule is not None and rule.bits == "kurtosis")
+        if wanted and _layer(name, skeleton.layer_names) < skeleton.num_layers:
+            found[name] = skeleton.sources(name, tuple(skeleton.model.get_parameter(name).shape))
+    return found
 
 
 ROLES = (  # the first pattern found in a name gives its role
@@ -158,19 +200,20 @@ def _first_match(name: str, rules: list[Rule]) -> Rule | None:
     return next((rule for rule in rules if re.search(rule.match, name)), None)
 
 
-def _codebook(rule: Rule, name: str, shape: tuple[int, ...]) -> Codebook | None:
-    if rule.keep:
+def _codebook(rule: Rule, bits: int | None, name: str, shape: tuple[int, ...]) -> Codebook | None:
+    """The codebook of a target under its rule, of so many bits unless ternary; None: kept."""
+    if bits is None and not rule.ternary:
         return None
     in_features, size = shape[-1], rule.group_size
     try:
         if rule.ternary:
             codebook = Codebook.ternary(size)
         elif rule.codebook == "tq":
-            codebook = Codebook.tq(rule.bits, size, in_features)
+            codebook = Codebook.tq(bits, size, in_features)
         elif rule.codebook == "jangtq":
-            codebook = Codebook.jangtq(rule.bits, in_features)
+            codebook = Codebook.jangtq(bits, in_features)
         else:
-            codebook = getattr(Codebook, rule.codebook)(rule.bits, size)
+            codebook = getattr(Codebook, rule.codebook)(bits, size)
         codebook.groups(codebook.columns(in_features))
     except CodebookError as error:
         raise UserError(f"{name}: {error}") from None
