@@ -1,18 +1,20 @@
 """What a low-bit weight format stores: codes into a short list of levels, and one scale per group.
 
 A weight group of `group_size` neighbours along the input dimension is `scale * levels[code]`,
-perhaps in a rotated basis. Every format that GSQ writes differs only in `levels`, `group_size`,
-`rotation` and in how codes are packed, so initialization and refinement are written once, against
-this file. It knows tensors and nothing else: no model, no file, no config.
+perhaps plus an offset, perhaps in a rotated basis. Every format that GSQ writes differs only in
+`levels`, `group_size`, `offset`, `rotation` and in how codes are packed, so initialization and
+refinement are written once, against this file. It knows tensors and nothing else: no model, no
+file, no config.
 
 Shapes, with `...` an optional batch of experts: weights `[..., out, in]`, codes `[..., out, columns]`,
-scales `[..., out, groups]`, where `columns` is `in` (rounded up where a rotation pads) and
+scales and offsets `[..., out, groups]`, where `columns` is `in` (rounded up where a rotation pads) and
 `groups = columns / group_size`. "In the codebook's basis" means: rotated, if it has a rotation.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -34,14 +36,15 @@ class CodebookError(ValueError):
 class Codebook:
     """`levels` ascending, at most 256 of them; scales are stored in `scale_dtype` and may be negative.
 
-    Without `rotation` levels apply to the weights as they are. A codebook with one fits tensors of
-    its width only.
+    With `offset` every group has one, in the dtype of its scale, added to `scale * level`. Without
+    `rotation` levels apply to the weights as they are. A codebook with one fits tensors of its width only.
     """
 
     levels: tuple[float, ...]
     group_size: int
     scale_dtype: torch.dtype = torch.bfloat16
     rotation: Rotation | None = None
+    offset: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= len(self.levels) <= 256:
@@ -63,6 +66,13 @@ class Codebook:
     def ternary(cls, group_size: int, scale_dtype: torch.dtype = torch.bfloat16) -> Codebook:
         """{-1, 0, 1}, stored in 2 bits."""
         return cls((-1.0, 0.0, 1.0), group_size, scale_dtype)
+
+    @classmethod
+    def affine(cls, bits: int, group_size: int, scale_dtype: torch.dtype = torch.bfloat16) -> Codebook:
+        """Unsigned integers and an offset per group, as MLX has them."""
+        if not 2 <= bits <= 8:
+            raise CodebookError(f"affine codebooks have 2 to 8 bits, not {bits}")
+        return cls(tuple(float(level) for level in range(1 << bits)), group_size, scale_dtype, offset=True)
 
     @classmethod
     def lloyd(cls, bits: int, group_size: int, scale_dtype: torch.dtype = torch.bfloat16) -> Codebook:
@@ -89,8 +99,13 @@ class Codebook:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits on disk per stored code, scales included."""
-        return self.bits + 8 * self.scale_dtype.itemsize / self.group_size
+        """Bits on disk per stored code, scales and offsets included."""
+        return self.bits + (1 + self.offset) * 8 * self.scale_dtype.itemsize / self.group_size
+
+    @property
+    def center(self) -> float:
+        """Where scale and offset do not depend on each other: the middle of the levels; 0 without an offset."""
+        return (self.levels[0] + self.levels[-1]) / 2 if self.offset else 0.0
 
     def columns(self, in_features: int) -> int:
         """Codes in a row of `in_features` weights."""
@@ -143,19 +158,21 @@ class Codebook:
         """Scales `[..., out, groups]` repeated to one per weight `[..., out, in]`."""
         return scales.repeat_interleave(self.group_size, dim=-1)
 
-    def encode(self, weights: Tensor, scales: Tensor) -> Tensor:
-        """Codes `[..., out, in]` of the levels nearest to `weights` under `scales` `[..., out, groups]`.
+    def encode(self, weights: Tensor, scales: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """Codes `[..., out, in]` of the levels nearest to `weights` under `scales`, `offsets` `[..., out, groups]`.
 
-        A zero scale can express only zero, whatever the code; it takes the code of the level next to zero.
+        A zero scale can express only its offset, whatever the code; it takes the code of the level next to zero.
         """
         per_weight = self.expand(scales.to(weights.dtype))
+        if offsets is not None:
+            weights = weights - self.expand(offsets.to(weights.dtype))
         ratio = torch.where(per_weight == 0, 0, weights / torch.where(per_weight == 0, 1, per_weight))
         return self.nearest(ratio)
 
-    def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """What `codes` and `scales` stand for in the codebook's basis; the product is taken in float32."""
-        levels = self.level_table(codes.device)[codes.int()]
-        return levels.mul_(self.expand(scales.float()))
+    def decode(self, codes: Tensor, scales: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """What codes, scales and offsets stand for in the codebook's basis; computed in float32."""
+        values = self.level_table(codes.device)[codes.int()].mul_(self.expand(scales.float()))
+        return values if offsets is None else values.add_(self.expand(offsets.float()))
 
     def to_dict(self) -> dict:
         """JSON description; `from_dict` reads it back."""
@@ -163,13 +180,15 @@ class Codebook:
         rotation = self.rotation and {"kind": self.rotation.kind, "width": self.rotation.width}
         return {
             "levels": list(self.levels), "group_size": self.group_size, "scale_dtype": name, "rotation": rotation,
+            "offset": self.offset,
         }  # fmt: skip
 
     @classmethod
     def from_dict(cls, fields: dict) -> Codebook:
         """The codebook that `to_dict` described."""
         rotation = fields.get("rotation") and Rotation(**fields["rotation"], block=fields["group_size"])
-        return cls(tuple(fields["levels"]), fields["group_size"], SCALE_DTYPES[fields["scale_dtype"]], rotation)
+        dtype, offset = SCALE_DTYPES[fields["scale_dtype"]], fields.get("offset", False)
+        return cls(tuple(fields["levels"]), fields["group_size"], dtype, rotation, offset)
 
 
 def _check_block(size: int, in_features: int) -> None:
@@ -187,15 +206,19 @@ def _level_table(levels: tuple[float, ...], device: torch.device, dtype: torch.d
 
 @dataclass
 class QuantizedTensor:
-    """One quantized target: `codes` uint8 `[..., out, columns]`, `scales` `[..., out, groups]` as they are stored."""
+    """One quantized target: `codes` uint8 `[..., out, columns]`, `scales` `[..., out, groups]` as they are stored.
+
+    `offsets`, of the shape and dtype of the scales, belong to codebooks with an offset.
+    """
 
     codes: Tensor
     scales: Tensor
     codebook: Codebook
+    offsets: Tensor | None = None
 
     def values(self) -> Tensor:
-        """What codes and scales stand for in the codebook's basis, `[..., out, columns]`, float32."""
-        return self.codebook.decode(self.codes, self.scales)
+        """What it stands for in the codebook's basis, `[..., out, columns]`, float32."""
+        return self.codebook.decode(self.codes, self.scales, self.offsets)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights `[..., out, in]` that a server computes with, in its order of operations."""
@@ -206,6 +229,40 @@ class QuantizedTensor:
         in_features = codebook.rotation.width
         return codebook.unrotate(units).mul_(codebook.expand(self.scales.float())[..., :in_features]).to(dtype)
 
+    def centers(self) -> Tensor:
+        """What the middle of the levels stands for, `[..., out, groups]`, float32: offsets as they are optimized."""
+        return self.scales.float() * self.codebook.center + self.offsets.float()
+
+    def offsets_for(self, centers: Tensor) -> Tensor:
+        """Stored offsets that, under these scales, put the middle of the levels at `centers`."""
+        return (centers - self.scales.float() * self.codebook.center).to(self.codebook.scale_dtype)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Codes, scales and, if there are any, offsets."""
+        return (self.codes, self.scales) if self.offsets is None else (self.codes, self.scales, self.offsets)
+
+    @classmethod
+    def stacked(cls, parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
+        """The rows of all `parts`, which share a codebook."""
+        codes, scales, *offsets = (
+            torch.cat(tensors, dim=-2) for tensors in zip(*(p.tensors for p in parts), strict=True)
+        )
+        return cls(codes, scales, parts[0].codebook, *offsets)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> QuantizedTensor:
+        """`change` applied to codes, scales and offsets."""
+        offsets = None if self.offsets is None else change(self.offsets)
+        return QuantizedTensor(change(self.codes), change(self.scales), self.codebook, offsets)
+
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """The same on another device."""
-        return QuantizedTensor(self.codes.to(device), self.scales.to(device), self.codebook)
+        return self.map(lambda t: t.to(device))
+
+    def shaped(self, *rows: int) -> QuantizedTensor:
+        """The same with other dimensions in front of the last one, `[*rows, columns]`."""
+        return self.map(lambda t: t.reshape(*rows, t.shape[-1]))
+
+    def rows(self, start: int, end: int) -> QuantizedTensor:
+        """Rows `start .. end` of every matrix."""
+        return self.map(lambda t: t[..., start:end, :])

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import accumulate, takewhile
 
 import torch
 from torch import Tensor, nn
@@ -170,11 +170,10 @@ class LayerWork:
                 raise UserError(
                     f"layer {self.index}, {group[0]}: the Hessian is not positive definite; raise init.damping"
                 ) from None
-            parts = zip(found.codes.split(rows, 1), found.scales.split(rows, 1), aim.split(rows, 1), strict=True)
-            for name, w, (codes, scales, wanted) in zip(group, given, parts, strict=True):
-                self.wanted[name], self.hessians[name] = wanted, hessian
-                shaped = (part.reshape(*w.shape[:-1], -1) for part in (codes, scales))
-                self._set(name, QuantizedTensor(*shaped, codebook))
+            ends = list(accumulate(rows))
+            for name, w, start, end in zip(group, given, [0, *ends], ends, strict=False):
+                self.wanted[name], self.hessians[name] = aim[:, start:end], hessian
+                self._set(name, found.rows(start, end).shaped(*w.shape[:-1]))
                 self.errors[name] = errors | {"gsq": None}
         if len(moments.tokens) > 1:
             self.event("coverage", layer=self.index, target=group[0], tokens=moments.tokens.tolist())
@@ -307,8 +306,7 @@ class LayerWork:
 
     def _batched(self, name: str) -> QuantizedTensor:
         """A target as it is now, as a batch `[batch, out, columns]`."""
-        q, shape = self.quantized[name], self.wanted[name].shape
-        return QuantizedTensor(q.codes.view(shape), q.scales.view(*shape[:-1], -1), q.codebook)
+        return self.quantized[name].shaped(*self.wanted[name].shape[:-1])
 
     def _set(self, name: str, quantized: QuantizedTensor) -> None:
         self.quantized[name] = quantized

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +16,7 @@ from gsq.calib.hessian import Moments, answer_original
 from gsq.codebook import Codebook, QuantizedTensor
 from gsq.init.gptq import damped, gptq, inverse_factor
 from gsq.init.polish import descend, free_values, polish, refit_scales, relative_error, row_errors
-from gsq.init.rtn import round_to_nearest, search_scales
+from gsq.init.rtn import round_to_nearest, search_affine, search_groups, search_scales
 
 ASYMMETRIC = (-3.0, -1.0, 0.5)  # not uniform, and without a zero
 CASES = {
@@ -27,6 +30,9 @@ CASES = {
     "asymmetric": (Codebook(ASYMMETRIC, 32), 96),
     "a group that does not divide a block": (Codebook.integer(2, 96), 288),
     "a group longer than a block": (Codebook.integer(2, 160), 320),
+    "affine, 2 bits": (Codebook.affine(2, 32), 160),
+    "affine, 3 bits, groups of 64": (Codebook.affine(3, 64, torch.float16), 320),
+    "affine, a group longer than a block": (Codebook.affine(2, 160), 320),
 }
 SMALL = {
     "2 bits": Codebook.integer(2, 16),
@@ -35,6 +41,9 @@ SMALL = {
     "8 bits": Codebook.integer(8, 16),
     "ternary": Codebook.ternary(16),
     "asymmetric": Codebook(ASYMMETRIC, 16),
+    "affine, 2 bits": Codebook.affine(2, 16),
+    "affine, 4 bits": Codebook.affine(4, 16),
+    "affine, 8 bits": Codebook.affine(8, 16),
 }
 codebooks = pytest.mark.parametrize("codebook", SMALL.values(), ids=SMALL)
 
@@ -52,8 +61,20 @@ def correlated(batch: int, size: int, seed: int = 0, strength: float = 1.0) -> T
     return damped(x.mT @ x / tokens, 0.02)
 
 
-def literal_gptq(weights: Tensor, hessian: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
-    """Codes and scales, column by column in float64, as Frantar et al. write it before they speed it up.
+def same(left: QuantizedTensor, right: QuantizedTensor) -> bool:
+    """The same codes, scales and offsets."""
+    alike = torch.equal(left.codes, right.codes) and torch.equal(left.scales, right.scales)
+    return alike and (left.offsets is right.offsets is None or torch.equal(left.offsets, right.offsets))
+
+
+def per_weight(q: QuantizedTensor) -> tuple[Tensor, Tensor]:
+    """Scale and offset of every weight, float64."""
+    scales = q.codebook.expand(q.scales.double())
+    return scales, torch.zeros_like(scales) if q.offsets is None else q.codebook.expand(q.offsets.double())
+
+
+def literal_gptq(weights: Tensor, hessian: Tensor, codebook: Codebook) -> QuantizedTensor:
+    """Column by column in float64, as Frantar et al. write it before they speed it up.
 
     Each column is rounded, the columns that are left take `-error / [H^-1]_cc * [H^-1]_c,:`, and column and
     row `c` are eliminated from the inverse.
@@ -65,18 +86,21 @@ def literal_gptq(weights: Tensor, hessian: Tensor, codebook: Codebook) -> tuple[
         inverse = inverses[-1]
         without = inverse - inverse[:, :, :1] @ inverse[:, :1] / inverse[:, :1, :1]
         inverses.append(without[:, 1:, 1:])
-    codes, scales = [], []
+    codes, scales, offsets = [], [], []
     for column, inverse in enumerate(inverses):
         if column % codebook.group_size == 0:
             part = slice(column, column + codebook.group_size)
             importance = torch.stack([1 / of_column[:, 0, 0] for of_column in inverses[part]], -1)
-            scales.append(search_scales(left[..., part].float(), codebook, importance[:, None])[..., 0])
-        values = table * scales[-1].double()[..., None]  # [batch, out, K]
+            scale, offset = search_groups(left[..., part].float(), codebook, importance[:, None])
+            scales.append(scale)
+            offsets.append(offset)
+        values = table * scale.double() + (offset.double() if codebook.offset else 0)  # [batch, out, K]
         code = (values - left[..., column, None]).abs().argmin(-1)
         error = left[..., column] - values.gather(-1, code[..., None])[..., 0]
         left[..., column:] -= (error / inverse[:, None, 0, 0])[..., None] * inverse[:, None, 0]
         codes.append(code.to(torch.uint8))
-    return torch.stack(codes, -1), torch.stack(scales, -1)
+    offsets = torch.cat(offsets, -1) if codebook.offset else None
+    return QuantizedTensor(torch.stack(codes, -1), torch.cat(scales, -1), codebook, offsets)
 
 
 # GPTQ
@@ -85,17 +109,16 @@ def literal_gptq(weights: Tensor, hessian: Tensor, codebook: Codebook) -> tuple[
 @pytest.mark.parametrize(("codebook", "columns"), CASES.values(), ids=CASES)
 def test_gptq_is_the_literal_algorithm(codebook: Codebook, columns: int):
     weights, hessian = random(2, 5, columns, seed=1), correlated(2, columns, seed=2)
-    codes, scales = literal_gptq(weights, hessian, codebook)
     found = gptq(weights, hessian, codebook)
-    assert torch.equal(found.scales, scales)
-    assert torch.equal(found.codes, codes)
+    assert same(found, literal_gptq(weights, hessian, codebook))
+    assert {part.dtype for part in (found.scales, found.offsets) if part is not None} == {codebook.scale_dtype}
 
 
-def test_gptq_treats_each_matrix_of_a_batch_alone():
-    codebook, weights, hessian = Codebook.integer(2, 32), random(3, 4, 160), correlated(3, 160)
+@codebooks
+def test_gptq_treats_each_matrix_of_a_batch_alone(codebook: Codebook):
+    weights, hessian = random(3, 4, 160), correlated(3, 160)
     whole, alone = gptq(weights, hessian, codebook), gptq(weights[1:2], hessian[1:2], codebook)
-    assert torch.equal(whole.codes[1:2], alone.codes)
-    assert torch.equal(whole.scales[1:2], alone.scales)
+    assert same(whole.map(lambda part: part[1:2]), alone)
 
 
 @codebooks
@@ -106,10 +129,11 @@ def test_gptq_beats_rounding_when_columns_are_correlated(codebook: Codebook):
     assert relative_error(weights, found, hessian) < 0.8 * relative_error(weights, rounded, hessian)
 
 
-def test_gptq_under_the_identity_is_rounding():
-    codebook, weights = Codebook.integer(3, 32), random(2, 8, 160)
+@codebooks
+def test_gptq_under_the_identity_is_rounding(codebook: Codebook):
+    weights = random(2, 8, 160)
     found = gptq(weights, torch.eye(160).repeat(2, 1, 1), codebook)
-    assert torch.equal(found.codes, round_to_nearest(weights, codebook).codes)
+    assert same(found, round_to_nearest(weights, codebook))
 
 
 @codebooks
@@ -125,11 +149,7 @@ def test_gptq_leaves_its_input_and_takes_zeros(codebook: Codebook):
     assert torch.equal(found.dequantize()[:, 1], torch.zeros(2, 160))
     assert (found.codes[:, 1] == codebook.nearest(torch.zeros(()))).all()
     assert torch.equal(found.dequantize()[0, 3, :16], torch.zeros(16))
-    assert relative_error(weights[:, 2:3], take(found, slice(2, 3)), hessian) < 0.7
-
-
-def take(quantized: QuantizedTensor, rows: slice) -> QuantizedTensor:
-    return QuantizedTensor(quantized.codes[:, rows], quantized.scales[:, rows], quantized.codebook)
+    assert relative_error(weights[:, 2:3], found.rows(2, 3), hessian) < 0.7
 
 
 # The Hessian's factor and damping
@@ -179,51 +199,68 @@ def test_damped():
     assert torch.equal(found[2], torch.eye(4))  # nothing seen: every error costs the same
 
 
-# Scales
+# Scales and offsets
+
+Groups = tuple[Tensor, Tensor | None]  # scales and, if the codebook has them, offsets
 
 
-def weighted_errors(weights: Tensor, scales: Tensor, codebook: Codebook, importance: Tensor | float = 1.0) -> Tensor:
+def rounded(weights: Tensor, codebook: Codebook, groups: Groups) -> Tensor:
+    """What the nearest levels stand for."""
+    return codebook.decode(codebook.encode(weights, *groups), *groups)
+
+
+def weighted_errors(weights: Tensor, codebook: Codebook, groups: Groups, importance: Tensor | float = 1.0) -> Tensor:
     """Weighted squared error of every group, `[..., out, groups]`."""
-    decoded = codebook.decode(codebook.encode(weights, scales.float()), scales)
-    return ((decoded - weights).square() * importance).unflatten(-1, (-1, codebook.group_size)).sum(-1)
+    error = (rounded(weights, codebook, groups) - weights).square() * importance
+    return error.unflatten(-1, (-1, codebook.group_size)).sum(-1)
+
+
+def obvious(weights: Tensor, codebook: Codebook) -> list[Groups]:
+    """Levels from zero to the largest weight, of either sign if that differs; or, with offsets, over the range."""
+    grouped = weights.unflatten(-1, (-1, codebook.group_size))
+    if codebook.offset:
+        low, high = grouped.aminmax(dim=-1)
+        return [(((high - low) / codebook.levels[-1]).to(codebook.scale_dtype), low.to(codebook.scale_dtype))]
+    largest = grouped.abs().amax(-1) / max(abs(level) for level in codebook.levels)
+    signs = (1, -1) if codebook.levels[0] != -codebook.levels[-1] else (1,)
+    return [((sign * largest).to(codebook.scale_dtype), None) for sign in signs]
 
 
 @codebooks
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 2**32), size=st.sampled_from([1e-4, 1.0, 300.0]), power=st.sampled_from([1, 3]))
-def test_found_scales_are_never_worse_than_the_obvious_ones(codebook: Codebook, seed: int, size: float, power: int):
-    weights = size * random(8, 48, seed=seed) ** power
-    importance = random(8, 48, seed=seed + 1).square()
-    found = weighted_errors(weights, search_scales(weights, codebook, importance), codebook, importance)
+def test_found_groups_are_never_worse_than_the_obvious_ones(codebook: Codebook, seed: int, size: float, power: int):
+    weights = size * random(64, 48, seed=seed) ** power
+    importance = random(64, 48, seed=seed + 1).square()
+    found = weighted_errors(weights, codebook, search_groups(weights, codebook, importance), importance)
     slack = 1 + 1e-5
     assert (found <= slack * (weights.square() * importance).unflatten(-1, (3, 16)).sum(-1)).all()
-    largest = weights.abs().unflatten(-1, (3, 16)).amax(-1) / max(abs(level) for level in codebook.levels)
-    for sign in (1, -1) if codebook.levels[0] != -codebook.levels[-1] else (1,):
-        plain = (sign * largest).to(codebook.scale_dtype)
-        assert (found <= slack * weighted_errors(weights, plain, codebook, importance)).all()
+    for groups in obvious(weights, codebook):
+        assert (found <= slack * weighted_errors(weights, codebook, groups, importance)).all()
 
 
-def test_found_scales_beat_the_largest_weight_at_two_bits():
-    codebook, weights = Codebook.integer(2, 32), random(64, 128)
-    plain = (weights.abs().unflatten(-1, (4, 32)).amax(-1) / 2).bfloat16()
-    found = weighted_errors(weights, search_scales(weights, codebook), codebook).sum()
-    assert found < 0.8 * weighted_errors(weights, plain, codebook).sum()
+@pytest.mark.parametrize(("kind", "share"), [(Codebook.integer, 0.73), (Codebook.affine, 0.62)])
+def test_found_groups_beat_the_obvious_ones_at_two_bits(kind: Callable, share: float):
+    codebook, weights = kind(2, 32), random(64, 128)
+    found = weighted_errors(weights, codebook, search_groups(weights, codebook)).sum()
+    for groups in obvious(weights, codebook):
+        assert found < share * weighted_errors(weights, codebook, groups).sum()
 
 
-def test_importance_is_respected():
-    codebook = Codebook.integer(2, 16, torch.float32)
+@pytest.mark.parametrize("kind", [Codebook.integer, Codebook.affine], ids=["integer", "affine"])
+def test_importance_is_respected(kind: Callable):
+    codebook = kind(2, 16, torch.float32)
     weights = random(32, 64)
     weights = weights.sign() * weights.abs().clamp(0.5, 1.5)
     importance = torch.full((1, 64), 1e-6)
     importance[:, ::16] = 1.0  # one column of each group is all that counts, in every row
-    scales = search_scales(weights, codebook, importance)
-    decoded = codebook.decode(codebook.encode(weights, scales), scales)
+    decoded = rounded(weights, codebook, search_groups(weights, codebook, importance))
     torch.testing.assert_close(decoded[:, ::16], weights[:, ::16], atol=1e-3, rtol=0)
     by_row = 10 ** (2 * random(32, 64, seed=1))
-    blind, seeing = search_scales(weights, codebook), search_scales(weights, codebook, by_row)
-    cost = lambda found: weighted_errors(weights, found, codebook, by_row).sum()  # noqa: E731
-    assert cost(seeing) < 0.8 * cost(blind)
-    assert weighted_errors(weights, blind, codebook).sum() < weighted_errors(weights, seeing, codebook).sum()
+    blind, seeing = search_groups(weights, codebook), search_groups(weights, codebook, by_row)
+    cost = lambda found, importance=1.0: weighted_errors(weights, codebook, found, importance).sum()  # noqa: E731
+    assert cost(seeing, by_row) < 0.8 * cost(blind, by_row)
+    assert cost(blind) < cost(seeing)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -245,19 +282,52 @@ def test_scales_of_zeros_and_of_what_their_dtype_cannot_hold():
     weights[1, 16:] = 1e30
     scales = search_scales(weights, Codebook.integer(2, 16, torch.float16))
     assert torch.equal(scales, torch.zeros(2, 2, dtype=torch.float16))
+    scales, offsets = search_affine(weights, Codebook.affine(2, 16, torch.float16))
+    assert torch.equal(scales, torch.zeros(2, 2, dtype=torch.float16))
+    assert offsets.tolist() == [[0, 0], [0, 65504]]
+
+
+def test_what_a_codebook_holds_exactly_is_found():
+    """Levels that are all taken, and groups of one value."""
+    weights = torch.tensor([[[-0.5, 0.25, 1.0, 1.75], [3.0, 3.0, 3.0, 3.0], [0.0, -1.0, -2.0, -3.0]]]).flatten(1)
+    assert torch.equal(round_to_nearest(weights, Codebook.affine(2, 4)).dequantize(), weights)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_shift_of_a_group_changes_nothing_but_its_offset(bits: int):
+    codebook = Codebook.affine(bits, 16, torch.float32)  # in which offsets are not rounded
+    weights, hessian = random(2, 16, 160), correlated(2, 160)
+    shift = torch.linspace(-3, 6, 10)  # of each group; bfloat16 holds them
+    moved = weights + codebook.expand(shift)
+    plain, shifted = round_to_nearest(weights, codebook), round_to_nearest(moved, codebook)
+    assert (plain.codes == shifted.codes).float().mean() > 0.999
+    torch.testing.assert_close(shifted.scales, plain.scales, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(shifted.offsets, plain.offsets + shift, atol=1e-5, rtol=1e-5)
+    for algorithm in (gptq, lambda w, h, c: polish(w, round_to_nearest(w, c), h, rounds=2)):
+        errors = [row_errors(w, algorithm(w, hessian, codebook), hessian).sum() for w in (weights, moved)]
+        assert float(errors[1]) == pytest.approx(float(errors[0]), rel=0.02)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_offsets_serve_weights_with_a_mean(bits: int):
+    weights, hessian = 3 + random(2, 16, 160), correlated(2, 160)
+    symmetric, affine = (gptq(weights, hessian, kind(bits, 32)) for kind in (Codebook.integer, Codebook.affine))
+    assert relative_error(weights, affine, hessian) < 0.5 * relative_error(weights, symmetric, hessian)
 
 
 @codebooks
 def test_round_to_nearest_of_experts(codebook: Codebook):
     weights, importance = random(3, 4, 48), random(3, 1, 48, seed=1).square()
     found = round_to_nearest(weights, codebook, importance)
-    assert found.scales.dtype == codebook.scale_dtype
-    assert found.scales.shape == (3, 4, 3)
-    every = codebook.level_table()[:, None, None, None] * codebook.expand(found.scales.float())
-    nearest = (every - weights).abs().amin(0)
+    for part in (found.scales, found.offsets) if codebook.offset else (found.scales,):
+        assert part.dtype == codebook.scale_dtype
+        assert part.shape == (3, 4, 3)
+    scales, offsets = per_weight(found)
+    every = codebook.level_table()[:, None, None, None] * scales + offsets
+    nearest = (every - weights).abs().amin(0).float()
     torch.testing.assert_close((found.dequantize() - weights).abs(), nearest, atol=1e-6, rtol=0)
     alone = round_to_nearest(weights[2], codebook, importance[2])
-    assert torch.equal(found.codes[2], alone.codes)
+    assert same(found.map(lambda part: part[2]), alone)
 
 
 # Polish
@@ -266,12 +336,12 @@ def test_round_to_nearest_of_experts(codebook: Codebook):
 def literal_descent(weights: Tensor, start: QuantizedTensor, hessian: Tensor, sweeps: int) -> Tensor:
     """Codes after cyclic descent in float64, where every level of every column is tried in full."""
     table, codes = start.codebook.level_table(dtype=torch.float64), start.codes.clone()
-    per_weight = start.codebook.expand(start.scales.double())
+    scales, offsets = per_weight(start)
     for column in list(range(weights.shape[-1])) * sweeps:
         errors = []
         for code in range(len(table)):
             codes[..., column] = code
-            difference = weights.double() - table[codes.int()] * per_weight
+            difference = weights.double() - table[codes.int()] * scales - offsets
             errors.append(((difference @ hessian.double()) * difference).sum(-1))
         codes[..., column] = torch.stack(errors).argmin(0).to(torch.uint8)
     return codes
@@ -283,14 +353,13 @@ def problem(codebook: Codebook, seed: int = 0, columns: int = 80) -> tuple[Tenso
     return weights, round_to_nearest(weights, codebook), correlated(2, columns, seed=seed, strength=1.5)
 
 
-@pytest.mark.parametrize("name", ["2 bits", "ternary", "asymmetric"])
+@pytest.mark.parametrize("name", ["2 bits", "ternary", "asymmetric", "affine, 2 bits", "affine, 4 bits"])
 @pytest.mark.parametrize("sweeps", [1, 2])
 def test_descent_is_the_literal_algorithm(name: str, sweeps: int):
     weights, start, hessian = problem(SMALL[name], columns=144)  # three blocks
     found = descend(weights, start, hessian, sweeps)
     assert not torch.equal(found.codes, start.codes)
-    assert torch.equal(found.codes, literal_descent(weights, start, hessian, sweeps))
-    assert torch.equal(found.scales, start.scales)
+    assert same(found, replace(start, codes=literal_descent(weights, start, hessian, sweeps)))
 
 
 @codebooks
@@ -298,18 +367,20 @@ def test_descent_is_the_literal_algorithm(name: str, sweeps: int):
 @given(seed=st.integers(0, 2**32), noise=st.sampled_from([0.0, 0.3, 3.0]), empty=st.booleans())
 def test_no_step_of_polish_raises_the_error_of_a_row(codebook: Codebook, seed: int, noise: float, empty: bool):
     weights, start, hessian = problem(codebook, seed)
-    start.scales += noise * start.scales * random(*start.scales.shape, seed=seed + 5).to(start.scales.dtype)
+    drawn = noise * start.scales * random(2, *start.scales.shape, seed=seed + 5).to(start.scales.dtype)
+    start.scales += drawn[0]
+    if codebook.offset:
+        start.offsets += drawn[1]
     if empty:
         start.scales[:, :2, 1] = 0
         start.codes[:, 1:, 16:32] = codebook.nearest(torch.zeros(1))
-    given = start.codes.clone(), start.scales.clone()
+    given = start.map(Tensor.clone)
     slack = 1e-5 * ((weights @ hessian) * weights).sum(-1)
     for step in (descend, refit_scales, lambda *case: polish(*case, rounds=2)):
         found = step(weights, start, hessian)
-        assert found.scales.isfinite().all()
+        assert found.values().isfinite().all()
         assert (row_errors(weights, found, hessian) <= row_errors(weights, start, hessian) + slack).all()
-    assert torch.equal(start.codes, given[0])
-    assert torch.equal(start.scales, given[1])
+    assert same(start, given)
 
 
 @codebooks
@@ -318,8 +389,7 @@ def test_polish_ends_where_no_code_and_no_scale_can_move(codebook: Codebook):
     found = polish(weights, start, hessian, rounds=40, sweeps=20)
     assert relative_error(weights, found, hessian) < 0.9 * relative_error(weights, start, hessian)
     again = polish(weights, found, hessian, rounds=1)
-    assert torch.equal(again.codes, found.codes)
-    assert torch.equal(again.scales, found.scales)
+    assert same(again, found)
     if len(codebook.levels) <= 16:
         assert torch.equal(literal_descent(weights, found, hessian, 1), found.codes)
 
@@ -331,22 +401,25 @@ def test_more_rounds_are_better_and_none_changes_nothing():
     assert errors[0] > errors[1] > errors[2]
 
 
-@pytest.mark.parametrize("name", ["2 bits", "4 bits", "asymmetric"])
-def test_refitted_scales_are_least_squares(name: str):
-    codebook = Codebook(SMALL[name].levels, 16, torch.float32)
+@pytest.mark.parametrize("name", ["2 bits", "4 bits", "asymmetric", "affine, 2 bits", "affine, 4 bits"])
+def test_refitted_scales_and_offsets_are_least_squares(name: str):
+    codebook = replace(SMALL[name], scale_dtype=torch.float32)
     weights, start, hessian = problem(codebook)
     found = refit_scales(weights, start, hessian)
     assert torch.equal(found.codes, start.codes)
     roots = torch.linalg.cholesky(hessian.double()).mT  # |root (w - q)|^2 is the error of a row
     levels = codebook.level_table(dtype=torch.float64)[start.codes.int()]
-    columns = torch.zeros(2, 4, 80, 5, dtype=torch.float64)  # what scale g adds to a row
+    columns = torch.zeros(2, 4, 80, 10, dtype=torch.float64)  # what scale g, and then what offset g, adds to a row
     for group in range(5):
         part = slice(16 * group, 16 * (group + 1))
         columns[..., part, group] = levels[..., part]
+        columns[..., part, group + 5] = 1
+    columns = columns if codebook.offset else columns[..., :5]
     design = roots[:, None] @ columns
     wanted = (roots[:, None] @ weights.double()[..., None])[..., 0]
     best = torch.linalg.lstsq(design, wanted).solution
-    torch.testing.assert_close(found.scales.double(), best, atol=1e-4, rtol=1e-3)
+    solution = torch.cat([found.scales, found.offsets], -1) if codebook.offset else found.scales
+    torch.testing.assert_close(solution.double(), best, atol=1e-4, rtol=1e-3)
 
 
 def test_scales_that_rounding_would_spoil_are_kept():
@@ -361,11 +434,12 @@ def test_scales_that_rounding_would_spoil_are_kept():
     assert found.scales.tolist() == [[[1.0078125, 1.0], [1.0, 1.0]]]
 
 
-def test_a_group_of_zeros_does_not_keep_the_others_from_their_scales():
-    weights, start, hessian = problem(SMALL["2 bits"])
+@pytest.mark.parametrize("name", ["2 bits", "affine, 2 bits", "affine, 4 bits"])
+def test_a_group_of_zeros_or_of_one_level_does_not_keep_the_others_from_their_scales(name: str):
+    weights, start, hessian = problem(SMALL[name])
     start.codes[..., 16:32] = 2
     found = refit_scales(weights, start, hessian)
-    assert found.scales.isfinite().all()
+    assert found.values().isfinite().all()
     assert (row_errors(weights, found, hessian) < row_errors(weights, start, hessian)).all()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -33,6 +34,9 @@ CODEBOOKS = {
     "not uniform": Codebook((-3.0, -1.0, 0.5), 16),
     "4 bits, a window": Codebook.integer(4, 16),
     "8 bits, a window": Codebook.integer(8, 16, torch.float32),
+    "affine, 2 bits": Codebook.affine(2, 16),
+    "affine, 3 bits": Codebook.affine(3, 16, torch.float16),
+    "affine, 8 bits, a window": Codebook.affine(8, 16, torch.float32),
 }
 codebooks = pytest.mark.parametrize("codebook", CODEBOOKS.values(), ids=CODEBOOKS)
 MILD = Temperature(tau=1.5, kappa=8.0, lr=0.01, scale_lr=0.02)  # no level has all the probability
@@ -52,11 +56,12 @@ def relax(
 
 
 def scattered(codebook: Codebook, *shape: int, seed: int = 0) -> QuantizedTensor:
-    """Codes that use every level, and scales of both signs and several sizes."""
+    """Codes that use every level, and scales and offsets of both signs and several sizes."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, len(codebook.levels), shape, generator=generator).to(torch.uint8)
-    scales = random(*shape[:-1], shape[-1] // codebook.group_size, seed=seed) * 0.3 + 0.05
-    return QuantizedTensor(codes, scales.to(codebook.scale_dtype), codebook)
+    groups = random(2, *shape[:-1], shape[-1] // codebook.group_size, seed=seed) * 0.3 + 0.05
+    scales, offsets = groups.to(codebook.scale_dtype)
+    return QuantizedTensor(codes, scales, codebook, offsets if codebook.offset else None)
 
 
 def near(start: QuantizedTensor, seed: int = 1) -> Tensor:
@@ -65,15 +70,37 @@ def near(start: QuantizedTensor, seed: int = 1) -> Tensor:
     return weights + start.codebook.expand(start.scales.float()) * random(*weights.shape, seed=seed)
 
 
-def plain_soft(r: Relaxation, logits: Tensor, log_scales: Tensor, step: int, at: Temperature) -> Tensor:
-    """Soft weights by the formula, in float64 and for autograd."""
+def parts(q: QuantizedTensor) -> list[Tensor]:
+    """Codes, scales and, if there are any, offsets."""
+    return [part for part in (q.codes, q.scales, q.offsets) if part is not None]
+
+
+def same(left: dict[str, QuantizedTensor], right: dict[str, QuantizedTensor]) -> bool:
+    pairs = [pair for name in right for pair in zip(parts(left[name]), parts(right[name]), strict=True)]
+    return all(torch.equal(*pair) for pair in pairs)
+
+
+def moving(r: Relaxation) -> list[Tensor]:
+    """What moves beside the logits."""
+    return [r.log_scales, r.shifts] if r.codebook.offset else [r.log_scales]
+
+
+def plain_soft(
+    r: Relaxation, logits: Tensor, step: int, at: Temperature, log_scales: Tensor, shifts: Tensor | None = None
+) -> Tensor:
+    """Soft weights by the formula, in float64 and for autograd; shifts are in units of half a group's range."""
     count = len(logits)
     noise = gumbel_noise(r.seed, r.stream, step, 0, logits.shape[1], count, CPU).double() if r.noise else 0.0
     p = torch.softmax((at.kappa * logits + noise) / at.tau, dim=0)
     first = torch.zeros(logits.shape[1]).long() if r.window is None else r.window.long()
     level = r.codebook.level_table(dtype=torch.float64)[first + torch.arange(count)[:, None]]
-    scales = r.start_scales.double() * log_scales.exp()
-    return ((p * level).sum(0) * scales.repeat_interleave(r.codebook.group_size)).view(r.shape)
+    expand = lambda groups: groups.repeat_interleave(r.codebook.group_size)  # noqa: E731
+    start = r.start_scales.double()
+    if shifts is None:
+        return ((p * level).sum(0) * expand(start * log_scales.exp())).view(r.shape)
+    half = r.codebook.levels[-1] / 2
+    middle = r.start_centers.double() + start.abs() * half * shifts
+    return (((p * level).sum(0) - half) * expand(start * log_scales.exp()) + expand(middle)).view(r.shape)
 
 
 # The relaxation
@@ -85,11 +112,12 @@ def test_gradients_are_those_of_autograd(codebook: Codebook, noise: float, monke
     monkeypatch.setattr(relaxation, "CHUNK", 48)
     start = scattered(codebook, 2, 3, 32)
     r = relax(start, near(start), noise=noise, seed=5, stream=7)
-    r.log_scales.data += 0.3 * random(len(r.log_scales))
+    for index, parameter in enumerate(moving(r)):
+        parameter.data += 0.3 * random(len(parameter), seed=index)
     logits = r.logits.double().requires_grad_()
-    log_scales = r.log_scales.detach().double().requires_grad_()
+    leaves = [parameter.detach().double().requires_grad_() for parameter in moving(r)]
     soft = r.soft(3, MILD)
-    expected = plain_soft(r, logits, log_scales, 3, MILD)
+    expected = plain_soft(r, logits, 3, MILD, *leaves)
     torch.testing.assert_close(soft.double(), expected, atol=1e-5, rtol=1e-4)
     slopes = random(2, 3, 32, seed=4)
     (expected * slopes.double()).sum().backward()
@@ -97,7 +125,8 @@ def test_gradients_are_those_of_autograd(codebook: Codebook, noise: float, monke
     found = r.momentum.double() / (1 - r.betas[1])  # momentum was zero
     scale = float(logits.grad.abs().max())
     torch.testing.assert_close(found, logits.grad, atol=1e-5 * scale, rtol=1e-3)
-    torch.testing.assert_close(r.log_scales.grad.double(), log_scales.grad, atol=1e-5, rtol=1e-3)
+    for parameter, leaf in zip(moving(r), leaves, strict=True):
+        torch.testing.assert_close(parameter.grad.double(), leaf.grad, atol=1e-5, rtol=1e-3)
 
 
 @codebooks
@@ -105,12 +134,13 @@ def test_gradients_are_those_of_autograd(codebook: Codebook, noise: float, monke
 def test_before_the_first_step_the_hard_result_is_the_start(codebook: Codebook, noise: float):
     start = scattered(codebook, 4, 6, 64)
     start.scales[0, 1] = 0
+    if codebook.offset:
+        start.offsets[1] *= 1e-4  # far smaller than the scales
     far = start.dequantize() + 50 * codebook.expand(start.scales.float()) * random(4, 6, 64)
     for wanted in (near(start), start.dequantize(), far, torch.zeros(4, 6, 64)):
         found = relax(start, wanted, noise=noise).hard()
-        assert torch.equal(found.codes, start.codes)
-        assert torch.equal(found.scales, start.scales)
-        assert found.scales.dtype == codebook.scale_dtype
+        assert same({"": found}, {"": start})
+        assert {part.dtype for part in parts(found)[1:]} == {codebook.scale_dtype}
 
 
 @pytest.mark.parametrize("away", [1e4, 1e30])
@@ -165,6 +195,19 @@ def test_windows_hold_the_start_and_its_neighbours():
     assert r.hard().codes.min() == 0
 
 
+def test_hard_offsets_move_by_shares_of_their_scales_and_are_rounded():
+    start = scattered(CODEBOOKS["affine, 2 bits"], 4, 64)
+    start.scales[1, 2] = 0
+    r = relax(start, near(start))
+    for step in range(3):
+        r.soft(step, MILD)
+        r.update(torch.ones(4, 64), MILD)  # every offset is too large
+    found = r.hard()
+    middle = start.centers() - 3 * MILD.scale_lr * 1.5 * start.scales.float().abs()  # the middle level would be 1.5
+    assert torch.equal(found.offsets, (middle - 1.5 * found.scales.float()).bfloat16())
+    assert found.offsets[1, 2] == start.offsets[1, 2]
+
+
 def test_hard_scales_move_with_their_logarithm_and_are_rounded():
     start = scattered(CODEBOOKS["2 bits"], 4, 64)
     r = relax(start, near(start))
@@ -190,27 +233,30 @@ def test_noise_is_drawn_from_seed_stream_and_step_alone(codebook: Codebook, monk
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0])
-def test_logits_and_scales_step_as_lion_does(decay: float, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("name", ["3 bits", "affine, 3 bits"])
+def test_logits_scales_and_offsets_step_as_lion_does(name: str, decay: float, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(relaxation, "CHUNK", 48)
-    codebook, betas = CODEBOOKS["3 bits"], (0.8, 0.95)
+    codebook, betas = CODEBOOKS[name], (0.8, 0.95)
     start = scattered(codebook, 6, 32)
     r = relax(start, near(start), decay=decay, betas=betas)
-    logits, scales = r.logits.clone().requires_grad_(), torch.zeros(12, requires_grad=True)
+    logits, leaves = r.logits.clone().requires_grad_(), [torch.zeros(12, requires_grad=True) for _ in moving(r)]
     reference = Lion([logits], lr=1.0, betas=betas, weight_decay=decay)
-    for_scales = Lion([scales], lr=1.0, betas=betas)
+    for_groups = Lion(leaves, lr=1.0, betas=betas)
     for step in range(8):
         at = Temperature(2.0 / (step + 1), 5.0 + step, 0.02 / (step + 1), 0.01 / (step + 1))
         gradient = random(6, 32, seed=step)
         r.soft(step, at)
         outer = (gradient.view(-1, 16) * r._scales()[:, None]).view(-1)
         logits.grad = r._slope * outer * (at.kappa / at.tau)
-        scales.grad = (gradient * r._soft.view(6, 32)).view(-1, 16).sum(1)
-        reference.param_groups[0]["lr"], for_scales.param_groups[0]["lr"] = at.lr, at.scale_lr
+        products = [gradient * r._soft.view(6, 32), gradient]  # Lion does not see by what a group's sum is multiplied
+        for leaf, product in zip(leaves, products, strict=False):
+            leaf.grad = product.view(-1, 16).sum(1)
+        reference.param_groups[0]["lr"], for_groups.param_groups[0]["lr"] = at.lr, at.scale_lr
         reference.step()
-        for_scales.step()
+        for_groups.step()
         r.update(gradient, at)
         torch.testing.assert_close(r.logits, logits.detach(), atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(r.log_scales, scales, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(moving(r), leaves, atol=1e-6, rtol=1e-5)
         momentum = reference.state[logits]["exp_avg"]
         torch.testing.assert_close(r.momentum, momentum, atol=1e-6, rtol=1e-5)
 
@@ -546,20 +592,18 @@ def output_case() -> tuple[dict, dict, OutputObjective]:
     return start_of(wanted), wanted, objective
 
 
-CASES = {"hessian": hessian_case, "output": output_case}
+CASES = {
+    "hessian": hessian_case,
+    "output": output_case,
+    "affine": partial(hessian_case, CODEBOOKS["affine, 2 bits"]),
+    "affine, a window": partial(hessian_case, Codebook.affine(4, 16)),
+}
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def run(case: tuple, schedule: Schedule, seed: int = 0, **more: Callable) -> Refined:
     start, free, objective = case
     return refine(start, free, objective, schedule, seed, {name: i for i, name in enumerate(start)}, **more)
-
-
-def same(left: dict[str, QuantizedTensor], right: dict[str, QuantizedTensor]) -> bool:
-    return all(
-        torch.equal(left[name].codes, right[name].codes) and torch.equal(left[name].scales, right[name].scales)
-        for name in right
-    )
 
 
 def check(refined: Refined, case: tuple) -> None:
@@ -570,13 +614,14 @@ def check(refined: Refined, case: tuple) -> None:
     assert refined.error_final == pytest.approx(error(refined.targets), rel=1e-6)
     assert refined.error_final <= refined.error_init
     for name, q in start.items():
-        assert refined.targets[name].codes.shape == q.codes.shape
-        assert refined.targets[name].scales.shape == q.scales.shape
-        assert refined.targets[name].scales.dtype == q.scales.dtype
+        for after, before in zip(parts(refined.targets[name]), parts(q), strict=True):
+            assert after.shape == before.shape
+            assert after.dtype == before.dtype
 
 
-@pytest.mark.parametrize(("case", "share"), [(hessian_case, 0.8), (output_case, 0.97)], ids=CASES)
-def test_refinement_improves(case: Callable, share: float):
+@pytest.mark.parametrize("name", CASES)
+def test_refinement_improves(name: str):
+    case, share = CASES[name], 0.97 if name == "output" else 0.8
     found = run(case(), Schedule(60))
     check(found, case())
     assert found.error_final < share * found.error_init
@@ -608,6 +653,14 @@ def test_a_rate_at_which_everything_overflows_leaves_the_start(case: Callable):
 
 
 @cases
+def test_refinement_moves_all_that_there_is(case: Callable):
+    start = case()[0]
+    found = run(case(), Schedule(60)).targets
+    for name in start:
+        assert not any(torch.equal(*pair) for pair in zip(parts(found[name]), parts(start[name]), strict=True))
+
+
+@cases
 def test_refinement_is_deterministic(case: Callable):
     schedule = Schedule(30, checks=10, noise=NOISE)
     first, again, other = run(case(), schedule), run(case(), schedule), run(case(), schedule, seed=1)
@@ -619,11 +672,9 @@ def test_refinement_is_deterministic(case: Callable):
 @cases
 def test_refinement_leaves_its_start_and_its_module(case: Callable):
     given = case()
-    before = {name: (q.codes.clone(), q.scales.clone()) for name, q in given[0].items()}
+    before = {name: q.map(Tensor.clone) for name, q in given[0].items()}
     run(given, Schedule(5, lr=0.01))
-    for name, (codes, scales) in before.items():
-        assert torch.equal(given[0][name].codes, codes)
-        assert torch.equal(given[0][name].scales, scales)
+    assert same(given[0], before)
     if isinstance(given[2], OutputObjective):
         for parameter, fresh in zip(given[2].module.parameters(), Experts().parameters(), strict=True):
             assert torch.equal(parameter, fresh)

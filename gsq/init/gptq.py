@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gsq.codebook import Codebook, QuantizedTensor
-from gsq.init.rtn import search_scales
+from gsq.init.rtn import search_groups
 
 BLOCK = 128  # columns, about, whose errors are spread at once, by one matrix product
 
@@ -32,6 +32,7 @@ def gptq(weights: Tensor, hessian: Tensor, codebook: Codebook) -> QuantizedTenso
     left = weights.float().clone()
     codes = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
     scales = torch.empty(batch, rows, groups, dtype=codebook.scale_dtype, device=weights.device)
+    offsets, offset = torch.empty_like(scales) if codebook.offset else None, 0.0
     for start, end in _blocks(columns, size):
         current = left[..., start:end]
         errors = torch.empty_like(current)
@@ -39,17 +40,20 @@ def gptq(weights: Tensor, hessian: Tensor, codebook: Codebook) -> QuantizedTenso
             here = column - start
             if column % size == 0:
                 importance = pivots[:, None, column : column + size] ** -2
-                found = search_scales(left[..., column : column + size], codebook, importance)
+                found, found_offsets = search_groups(left[..., column : column + size], codebook, importance)
                 scales[..., column // size] = found[..., 0]
                 scale = found[..., 0].float()
                 safe = torch.where(scale == 0, torch.inf, scale)
-            code = codebook.nearest(current[..., here] / safe)
+                if codebook.offset:
+                    offsets[..., column // size] = found_offsets[..., 0]
+                    offset = found_offsets[..., 0].float()
+            code = codebook.nearest((current[..., here] - offset) / safe)
             codes[..., column] = code
-            error = (current[..., here] - table[code.int()] * scale) / pivots[:, None, column]
+            error = (current[..., here] - table[code.int()] * scale - offset) / pivots[:, None, column]
             errors[..., here] = error
             current[..., here + 1 :] -= error[..., None] * upper[:, None, column, column + 1 : end]
         left[..., end:] -= errors @ upper[:, start:end, end:]
-    return QuantizedTensor(codes, scales, codebook)
+    return QuantizedTensor(codes, scales, codebook, offsets)
 
 
 def _blocks(columns: int, size: int) -> list[tuple[int, int]]:

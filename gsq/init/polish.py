@@ -1,10 +1,13 @@
 """Exact improvements of a quantized matrix under `tr((W - Q) H (W - Q)^T)`: neither step can raise it.
 
 `descend` moves every code, in turn, to its best value given all others; `refit_scales` solves for
-the scales given the codes. Shapes and basis as in `gsq.init.gptq`: weights `[batch, out, in]`, `H` `[batch, in, in]`.
+the scales, and offsets, given the codes. Shapes and basis as in `gsq.init.gptq`: weights
+`[batch, out, in]`, `H` `[batch, in, in]`.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -47,6 +50,7 @@ def descend(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor, sweeps
     codebook, codes = quantized.codebook, quantized.codes.clone()
     table = codebook.level_table(weights.device)
     scales = quantized.scales.float()
+    offsets = torch.zeros_like(scales) if quantized.offsets is None else quantized.offsets.float()
     values = quantized.values()
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     for _ in range(sweeps):
@@ -58,40 +62,50 @@ def descend(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor, sweeps
             moved = values[..., start:end].clone()
             for column in range(start, end):
                 here = column - start
-                scale = scales[..., column // codebook.group_size]
+                group = column // codebook.group_size
+                scale, offset = scales[..., group], offsets[..., group]
                 wanted = values[..., column] + local[..., here] / diagonal[:, None, column]
-                code = codebook.nearest(wanted / torch.where(scale == 0, torch.inf, scale))
-                value = table[code.int()] * scale
+                code = codebook.nearest((wanted - offset) / torch.where(scale == 0, torch.inf, scale))
+                value = table[code.int()] * scale + offset
                 local -= (value - values[..., column])[..., None] * hessian[:, None, column, start:end]
                 codes[..., column], values[..., column] = code, value
             moved -= values[..., start:end]  # old minus new
             gradient += moved @ hessian[:, start:end]
         if torch.equal(codes, before):
             break
-    return QuantizedTensor(codes, quantized.scales, codebook)
+    return replace(quantized, codes=codes)
 
 
 def refit_scales(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> QuantizedTensor:
-    """Least-squares scales of every row given its codes, rounded to their stored dtype.
+    """Least-squares scales and offsets of every row given its codes, rounded to their stored dtype.
 
-    A row whose rounded solution is not better keeps its scales.
+    A row whose rounded solution is not better keeps what it has.
     """
     codebook, size = quantized.codebook, quantized.codebook.group_size
-    levels = codebook.level_table(weights.device)[quantized.codes.int()]  # [batch, out, in]
-    batch, rows, columns = levels.shape
-    groups = columns // size
-    target = ((weights.float() @ hessian) * levels).unflatten(-1, (groups, size)).sum(-1)  # [batch, out, groups]
-    normal = torch.empty(batch, rows, groups, groups, device=weights.device)
-    for group in range(groups):
-        part = slice(group * size, (group + 1) * size)
-        product = levels[..., part] @ hessian[:, part]  # [batch, out, in]
-        normal[..., group, :] = (product * levels).unflatten(-1, (groups, size)).sum(-1)
+    groups = quantized.scales.shape[-1]
+    levels = codebook.level_table(weights.device)[quantized.codes.int()] - codebook.center  # [batch, out, in]
+    basis = [levels, torch.ones_like(levels)] if codebook.offset else [levels]
+
+    def by_group(x: Tensor) -> Tensor:
+        """Sums over each group of the products of `x` `[batch, out, in]` with each of the basis, side by side."""
+        return torch.cat([(x * b).unflatten(-1, (groups, size)).sum(-1) for b in basis], dim=-1)
+
+    target = by_group(weights.float() @ hessian)  # [batch, out, unknowns]
+    normal = torch.empty(*target.shape, target.shape[-1], device=weights.device)
+    for unknown in range(target.shape[-1]):
+        part = slice(unknown % groups * size, (unknown % groups + 1) * size)
+        normal[..., unknown, :] = by_group(basis[unknown // groups][..., part] @ hessian[:, part])
     trace = normal.diagonal(dim1=-2, dim2=-1)
     empty = torch.where(trace > 0, 1e-6 * trace, 1.0)  # a group of zero levels has no say
     lower, info = torch.linalg.cholesky_ex(normal + torch.diag_embed(empty))
     solution = torch.cholesky_solve(target[..., None], lower)[..., 0]
     solved = (info == 0)[..., None] & torch.isfinite(solution) & (trace > 0)
-    scales = torch.where(solved, solution, quantized.scales.float()).to(codebook.scale_dtype)
-    refitted = QuantizedTensor(quantized.codes, scales, codebook)
+    scales = torch.where(solved[..., :groups], solution[..., :groups], quantized.scales.float())
+    refitted = replace(quantized, scales=scales.to(codebook.scale_dtype))
+    if codebook.offset:
+        centers = torch.where(solved[..., groups:], solution[..., groups:], quantized.centers())
+        refitted.offsets = refitted.offsets_for(centers)
     better = row_errors(weights, refitted, hessian) < row_errors(weights, quantized, hessian)
-    return QuantizedTensor(quantized.codes, torch.where(better[..., None], scales, quantized.scales), codebook)
+    take = lambda new, old: torch.where(better[..., None], new, old)  # noqa: E731
+    offsets = take(refitted.offsets, quantized.offsets) if codebook.offset else None
+    return QuantizedTensor(quantized.codes, take(refitted.scales, quantized.scales), codebook, offsets)

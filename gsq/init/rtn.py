@@ -14,7 +14,9 @@ from gsq.codebook import Codebook, QuantizedTensor
 
 CHUNK = 1 << 17  # weights rounded at once by `match_norms`: they stay in a CPU's cache
 CANDIDATES = 24  # scales tried per sign
-SHRINK = (0.25, 1.3)  # their range, relative to the scale at which the longest level reaches the largest weight
+REGRESSIONS = 3  # of a group's weights on their levels
+# range of the candidates, relative to the scale at which the longest level reaches the largest weight
+SHRINK = (0.25, 1.3)
 
 
 def round_to_nearest(weights: Tensor, codebook: Codebook, importance: Tensor | None = None) -> QuantizedTensor:
@@ -22,8 +24,17 @@ def round_to_nearest(weights: Tensor, codebook: Codebook, importance: Tensor | N
 
     `importance` `[..., 1 or out, in]` weighs the squared errors in the search for scales.
     """
-    scales = search_scales(weights, codebook, importance)
-    return QuantizedTensor(codebook.encode(weights.float(), scales.float()), scales, codebook)
+    scales, offsets = search_groups(weights, codebook, importance)
+    return QuantizedTensor(codebook.encode(weights.float(), scales, offsets), scales, codebook, offsets)
+
+
+def search_groups(
+    weights: Tensor, codebook: Codebook, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Scales `[..., out, groups]` and, if the codebook has them, offsets of `weights` `[..., out, in]`."""
+    if codebook.offset:
+        return search_affine(weights, codebook, importance)
+    return search_scales(weights, codebook, importance), None
 
 
 def search_scales(weights: Tensor, codebook: Codebook, importance: Tensor | None = None) -> Tensor:
@@ -32,10 +43,7 @@ def search_scales(weights: Tensor, codebook: Codebook, importance: Tensor | None
     A grid of shrink factors of both signs (one sign if the levels are symmetric), then one
     least-squares step for the best of them.
     """
-    groups = codebook.groups(weights.shape[-1])
-    w = weights.float().unflatten(-1, (groups, codebook.group_size))  # [..., out, groups, g]
-    h = torch.ones_like(w) if importance is None else importance.float().unflatten(-1, w.shape[-2:]).expand_as(w)
-    table = codebook.level_table(w.device)
+    w, h, table = _grouped(weights, codebook, importance)
     longest = table.abs().max()
     unit = w.abs().amax(-1, keepdim=True) / longest
     symmetric = torch.equal(table, -table.flip(0))
@@ -50,14 +58,62 @@ def search_scales(weights: Tensor, codebook: Codebook, importance: Tensor | None
     return best.squeeze(-1).to(codebook.scale_dtype)
 
 
+def search_affine(weights: Tensor, codebook: Codebook, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scales and offsets `[..., out, groups]`, rounded to the codebook's dtype, of `weights` `[..., out, in]`.
+
+    The range of a group shrinks toward its mean; the best one goes through regressions of the
+    weights on their levels.
+    """
+    w, h, table = _grouped(weights, codebook, importance)
+    low, high = w.aminmax(dim=-1, keepdim=True)
+    total = h.sum(-1, keepdim=True)
+    mean, middle = _divide((h * w).sum(-1, keepdim=True), total), (high + low) / 2
+    largest = torch.finfo(codebook.scale_dtype).max
+    stored = lambda t: t.clamp(-largest, largest).to(codebook.scale_dtype).float()  # noqa: E731
+    best, offset = torch.zeros_like(mean), stored(mean)
+    best_error = (h * (w - offset).square()).sum(-1, keepdim=True)
+
+    def keep_better(scale: Tensor, shift: Tensor) -> None:
+        nonlocal best, offset, best_error
+        error = _rounding_error(w - shift, h, codebook, table, scale)
+        better = error < best_error
+        best, offset = torch.where(better, scale, best), torch.where(better, shift, offset)
+        best_error = torch.where(better, error, best_error)
+
+    keep_better(stored((high - low) / table[-1]), stored(low))  # coarse offsets may favour the plain range
+    for shrink in (1.0, *torch.linspace(*SHRINK, CANDIDATES).tolist()):
+        scale = stored(shrink * (high - low) / table[-1])
+        keep_better(scale, stored(torch.lerp(mean, middle, min(shrink, 1.0)) - scale * codebook.center))
+    for _ in range(REGRESSIONS):
+        levels = table[codebook.nearest(_divide(w - offset, best)).int()]
+        level = _divide((h * levels).sum(-1, keepdim=True), total)  # on average
+        apart = levels - level
+        scale = stored(_divide((h * w * apart).sum(-1, keepdim=True), (h * apart * apart).sum(-1, keepdim=True)))
+        keep_better(scale, stored(mean - scale * level))
+    return best.squeeze(-1).to(codebook.scale_dtype), offset.squeeze(-1).to(codebook.scale_dtype)
+
+
+def _grouped(weights: Tensor, codebook: Codebook, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights and importance `[..., out, groups, g]`, float32, and the levels."""
+    groups = codebook.groups(weights.shape[-1])
+    w = weights.float().unflatten(-1, (groups, codebook.group_size))
+    h = torch.ones_like(w) if importance is None else importance.float().unflatten(-1, w.shape[-2:]).expand_as(w)
+    return w, h, codebook.level_table(w.device)
+
+
 def _keep_better(
     w: Tensor, h: Tensor, codebook: Codebook, table: Tensor, scale: Tensor, best: Tensor, best_error: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Where `scale` `[..., groups, 1]`, rounded as it will be stored, has the smaller error, take it."""
     scale = scale.to(codebook.scale_dtype).float()
-    error = table[codebook.nearest(_divide(w, scale)).int()].mul_(scale).sub_(w).square_().mul_(h).sum(-1, keepdim=True)
+    error = _rounding_error(w, h, codebook, table, scale)
     better = error < best_error
     return torch.where(better, scale, best), torch.where(better, error, best_error)
+
+
+def _rounding_error(w: Tensor, h: Tensor, codebook: Codebook, table: Tensor, scale: Tensor) -> Tensor:
+    """Weighted squared error `[..., groups, 1]` of rounding under `scale`."""
+    return table[codebook.nearest(_divide(w, scale)).int()].mul_(scale).sub_(w).square_().mul_(h).sum(-1, keepdim=True)
 
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -93,7 +149,8 @@ def _match_norms(rows: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
         running = np.cumsum(rotated.square().numpy(), axis=-1)  # MLX on a CPU adds up one by one
         norms = torch.from_numpy(np.sqrt(running[:, -1:]))
         return codebook.nearest(rotated / norms.clamp_min(1e-10)), norms
-    groups = torch.nn.functional.pad(rows, (0, rotation.columns - rotation.width)).view(-1, size)
+    padding = rotation.columns - rotation.width
+    groups = (torch.nn.functional.pad(rows, (0, padding)) if padding else rows).view(-1, size)
     norms = torch.linalg.norm(groups, dim=1)
     units = groups / torch.where(norms > 0, norms, 1)[:, None]
     codes = codebook.nearest(rotation.of_group().rotate(units))

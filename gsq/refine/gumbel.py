@@ -34,7 +34,9 @@ class Temperature:
 
 
 class Relaxation:
-    """Logits `[K, N]` and log-scales of one target, in the basis of its codebook `[..., out, columns]`.
+    """Logits `[K, N]`, log-scales and, where the codebook has them, offsets of one target `[..., out, columns]`.
+
+    All in the basis of its codebook.
 
     `wanted` `[..., out, columns]` is the value that each weight would take were it free and all others
     fixed (`gsq.init.polish.free_values`); a level one step away from it starts `gap` below it.
@@ -55,7 +57,7 @@ class Relaxation:
     ):
         self.codebook, self.shape = start.codebook, start.codes.shape
         self.device = start.codes.device
-        self.levels = self.codebook.level_table(self.device)
+        self.levels = self.codebook.level_table(self.device) - self.codebook.center
         self.weight_decay, self.betas = weight_decay, betas
         self.seed, self.stream, self.noise = seed, stream, noise
         codes = start.codes.reshape(-1).int()
@@ -68,7 +70,14 @@ class Relaxation:
         self.momentum = torch.zeros_like(self.logits)
         self.start_scales = start.scales.float().reshape(-1)
         self.log_scales = torch.zeros_like(self.start_scales).requires_grad_()
-        self.optimizer = Lion([self.log_scales], lr=1.0, betas=betas, weight_decay=0.0)
+        moving = [self.log_scales]
+        if self.codebook.offset:  # a step moves a group as far as the same step of its scale moves its last level
+            self.start_offsets = start.offsets.float().reshape(-1)
+            self.start_centers = start.centers().reshape(-1)
+            self.reach = self.start_scales.abs() * self.levels[-1]
+            self.shifts = torch.zeros_like(self.start_scales).requires_grad_()
+            moving.append(self.shifts)
+        self.optimizer = Lion(moving, lr=1.0, betas=betas, weight_decay=0.0)
         self._slope: Tensor | None = None
         self._soft: Tensor | None = None
 
@@ -80,7 +89,8 @@ class Relaxation:
         step = (self.levels[-1] - self.levels[0]) / (len(self.levels) - 1)
         scale = self.codebook.expand(start.scales.float()).reshape(-1)
         beyond = 2 * FLOOR * step + self.levels.abs().max()  # every level has reached the floor; keeps the sums exact
-        u = (wanted.float().reshape(-1) / torch.where(scale == 0, torch.inf, scale)).clamp_(-beyond, beyond)
+        wanted = wanted.float() - self.codebook.expand(start.centers()) if self.codebook.offset else wanted.float()
+        u = (wanted.reshape(-1) / torch.where(scale == 0, torch.inf, scale)).clamp_(-beyond, beyond)
         index = torch.arange(count, device=self.device)[:, None]
         level = self.levels[index if self.window is None else self.window.long()[None] + index]
         logits = (u - level).div_(step).square_().mul_(-gap)
@@ -96,13 +106,18 @@ class Relaxation:
             self.logits, self.levels, self.window, self._scales(), group, at.tau, at.kappa,
             (self.seed, self.stream, step), self.noise,
         )  # fmt: skip
-        return self.codebook.unrotate(self._soft.view(self.shape))
+        soft = self._soft
+        if self.codebook.offset:
+            soft = (soft.view(-1, group) + self._centers()[:, None]).view(-1)
+        return self.codebook.unrotate(soft.view(self.shape))
 
     def update(self, gradient: Tensor, at: Temperature) -> None:
         """One Lion step, given dL/dw `[..., out, in]` at the weights that `soft` returned."""
         gradient, group, scales = self.codebook.rotate(gradient).float(), self.codebook.group_size, self._scales()
         gradient = gradient.reshape(-1)
-        self.log_scales.grad = (gradient * self._soft).view(-1, group).sum(1)  # dw / dlog(scale) = w
+        self.log_scales.grad = (gradient * self._soft).view(-1, group).sum(1)  # dw / dlog(scale) = w - center
+        if self.codebook.offset:
+            self.shifts.grad = gradient.view(-1, group).sum(1) * self.reach
         relaxation.lion_step(
             self.logits, self.momentum, self._slope, gradient, scales, group,
             at.kappa / at.tau, at.lr, self.weight_decay, self.betas,
@@ -117,7 +132,14 @@ class Relaxation:
         if self.window is not None:
             codes += self.window
         scales = self._scales().to(self.codebook.scale_dtype)
-        return QuantizedTensor(codes.view(self.shape), scales.view(*self.shape[:-1], -1), self.codebook)
+        hard = QuantizedTensor(codes.view(self.shape), scales.view(*self.shape[:-1], -1), self.codebook)
+        if self.codebook.offset:
+            moved = self.reach * self.shifts.detach() + (self.start_scales - scales.float()) * self.codebook.center
+            hard.offsets = (self.start_offsets + moved).to(scales.dtype).view_as(hard.scales)
+        return hard
 
     def _scales(self) -> Tensor:
         return self.start_scales * self.log_scales.detach().exp()
+
+    def _centers(self) -> Tensor:
+        return self.start_centers + self.reach * self.shifts.detach()
