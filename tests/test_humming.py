@@ -211,6 +211,7 @@ def test_everything_else_is_copied(flagship: tuple[MemoryRun, Path]):
         ({"k_proj": Codebook.integer(2, 8)}, "groups of at least 16"),
         ({"k_proj": Codebook.integer(2, 48)}, "48 does not divide in_features 64; use 64 or 32"),
         ({"lm_head": TWO}, "never read for lm_head"),
+        ({"embed": TWO}, r"embed_tokens.*never read for lm_head and embeddings"),
         ({"k_proj": TWO}, r"differ, but vLLM reads both as one module model\.layers\.0\.self_attn\.qkv_proj"),
         (
             {"gate_proj": TWO, "up_proj": FOUR},

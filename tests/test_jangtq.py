@@ -283,9 +283,9 @@ def refused(source: Path, rules: dict, match: str, format: str = "jangtq") -> No
 @pytest.mark.parametrize(
     ("codebook", "match"),
     [
-        (Codebook.integer(2, 32), "holds codebook jangtq only; .* or export as humming"),
-        (lambda width: Codebook.tq(3, 32, width), "holds codebook jangtq only; .* or export as tq"),
-        (Codebook.lloyd(3, 32), "holds codebook jangtq only; .* no format holds this one"),
+        (Codebook.integer(2, 32), "holds codebook jangtq only; .*; formats that hold this plan: humming, compressed"),
+        (lambda width: Codebook.tq(3, 32, width), "holds codebook jangtq only; .*; formats that hold this plan: tq$"),
+        (Codebook.lloyd(3, 32), "holds codebook jangtq only; .*; no format holds this plan$"),
         (jangtq(3), "10 codes of 3 bits in a word, which does not divide in_features 64; use 2 or 4 bits, or"),
     ],
 )
@@ -296,7 +296,7 @@ def test_other_codebooks_are_refused_with_their_home(codebook, match: str, tmp_p
 def test_other_formats_name_this_one(tmp_path: Path):
     source = models.tiny_qwen3_5_moe(tmp_path / "source", layers=2)
     for other in ("humming", "tq"):
-        refused(source, {EXPERTS: jangtq(2)}, "export as jangtq", other)
+        refused(source, {EXPERTS: jangtq(2)}, "; formats that hold this plan: jangtq$", other)
 
 
 def test_only_routed_experts_are_packed_and_all_of_them(tmp_path: Path):
@@ -309,12 +309,12 @@ def test_only_routed_experts_are_packed_and_all_of_them(tmp_path: Path):
 
 def test_other_models_are_refused(tmp_path: Path):
     source = models.tiny_qwen3_moe(tmp_path / "other")
-    refused(source, {r"mlp\.experts\.": jangtq(2)}, r"no place for model\.layers\.0.*export as tq")
+    refused(source, {r"mlp\.experts\.": jangtq(2)}, r"no place for model\.layers\.0.*use codebook and format tq")
     source = models.tiny_qwen3_5_moe(tmp_path / "source", layers=2)
     config = read_json(source, "config.json")
     config["text_config"]["model_type"] = config["model_type"] = "unheard_of"
     (source / "config.json").write_text(json.dumps(config))
-    refused(source, {EXPERTS: jangtq(2)}, "is read for qwen3_5_moe.*not for unheard_of; export as tq")
+    refused(source, {EXPERTS: jangtq(2)}, "is read for qwen3_5_moe.*not for unheard_of; use codebook and format tq")
 
 
 @pytest.mark.parametrize("name", ["layers.0.mlp.gate.weight", "embed_tokens.weight"])

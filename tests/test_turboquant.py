@@ -154,11 +154,11 @@ def refused(folder: Path, rules: dict, match: str, format: str = "tq") -> None:
 
 
 def test_other_codebooks_are_refused_with_their_home(tmp_path: Path):
-    refused(tmp_path, {PROJECTIONS: Codebook.integer(2, 32)}, "holds codebook tq only.*export as humming")
+    refused(tmp_path, {PROJECTIONS: Codebook.integer(2, 32)}, "holds codebook tq only.*hold this plan: humming")
 
 
 def test_another_format_names_this_one(tmp_path: Path):
-    refused(tmp_path, {PROJECTIONS: tq(3)}, "humming holds no rotated weights; export as tq", "humming")
+    refused(tmp_path, {PROJECTIONS: tq(3)}, "holds no rotated weights.*hold this plan: tq$", "humming")
 
 
 def test_two_group_sizes_are_refused(tmp_path: Path):

@@ -28,11 +28,15 @@ from gsq.model.targets import expert_part_names
 
 @dataclass(frozen=True)
 class Format:
-    """Module that implements a format, what to call it in front of users, and how they use an export."""
+    """Module that implements a format, what to call it in front of users, and how they use an export.
+
+    `fuses`: its servers make one module of several (`gsq.export.modules.fused_name`), which share a width.
+    """
 
     module: str
     description: str
     usage: str = "serve it: vllm serve {folder}"
+    fuses: bool = True
 
 
 FORMATS: dict[str, Format] = {
@@ -42,6 +46,18 @@ FORMATS: dict[str, Format] = {
         "gsq.export.jangtq",
         "routed experts of 2 to 4 bits, 8 bits elsewhere, for MLX with jang",
         usage="load it: jang_tools.load_jangtq.load_jangtq_model('{folder}')",
+        fuses=False,
+    ),
+    "compressed-tensors": Format("gsq.export.compressed_tensors", "integers of 2 to 8 bits, for transformers and vLLM"),
+    "compressed-tensors-wide": Format(
+        "gsq.export.compressed_tensors_wide",
+        "the same in containers of 4 and 8 bits, for readers that take no others: vLLM on CPUs, and before 0.25",
+    ),
+    "mlx": Format(
+        "gsq.export.mlx",
+        "affine codes of 2 to 8 bits, for MLX with mlx_lm",
+        usage="use it: mlx_lm.chat --model {folder}",
+        fuses=False,
     ),
 }
 
@@ -131,8 +147,27 @@ def format_module(format: str) -> ModuleType:
 
 
 def check_plan(format: str, source: Checkpoint, entries: Mapping[str, PlanEntry]) -> None:
-    """Raise `UserError` if `format` cannot hold this plan; cheap, so it can be asked before any work starts."""
-    format_module(format).check(source, entries)
+    """Raise `UserError` if `format` cannot hold this plan, and say which formats can.
+
+    Cheap, so it can be asked before any work starts.
+    """
+    if not any(entry.codebook for entry in entries.values()):
+        raise UserError("the plan quantizes nothing, so there is nothing to export")
+    problem = _problem(format, source, entries)
+    if problem:
+        fitting = [other for other in FORMATS if other != format and not _problem(other, source, entries)]
+        advice = f"formats that hold this plan: {', '.join(fitting)}" if fitting else "no format holds this plan"
+        raise UserError(f"{problem}; {advice}")
+
+
+def _problem(format: str, source: Checkpoint, entries: Mapping[str, PlanEntry]) -> str | None:
+    """Why a format cannot hold a plan."""
+    module = format_module(format)
+    try:
+        module.check(source, entries)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def export_run(run: Run, format: str, out: str | Path, shard_bytes: int = 2 << 30) -> Path:
@@ -141,10 +176,9 @@ def export_run(run: Run, format: str, out: str | Path, shard_bytes: int = 2 << 3
     Quantized tensors are packed one entry at a time; all others, also those that no model class
     loads, are copied bit for bit, and so are the side files.
     """
-    module = format_module(format)
-    module.check(run.source, run.plan.entries)
+    check_plan(format, run.source, run.plan.entries)
     writer = CheckpointWriter(out, shard_bytes, _bytes_after(run.source, run.plan.entries))
-    module.write(run, writer)
+    format_module(format).write(run, writer)
     for path in run.source.side_files():
         writer.copy(path)
     return writer.finish()
@@ -189,16 +223,9 @@ def walk(source: Checkpoint, entries: Mapping[str, PlanEntry]) -> Iterator[tuple
 
 
 def require_codebook(entry: PlanEntry, format: str) -> None:
-    """Raise `UserError` unless an entry has the rotated codebook of the format's name; say what could hold it."""
-    codebook = entry.codebook
-    kind = codebook.rotation.kind if codebook.rotation else None
-    if kind != format:
-        integers = all(level == int(level) for level in codebook.levels)
-        home = kind or ("humming" if integers else None)
-        advice = f", or export as {home}" if home else "; no format holds this one"
-        raise UserError(
-            f"{entry.name}: format {format} holds codebook {format} only; use it in the plan's rule{advice}"
-        )
+    """Raise `UserError` unless an entry has the rotated codebook of the format's name."""
+    if entry.codebook.rotation is None or entry.codebook.rotation.kind != format:
+        raise UserError(f"{entry.name}: format {format} holds codebook {format} only; use it in the plan's rule")
 
 
 def as_float16(name: str, tensor: Tensor, format: str) -> Tensor:
@@ -239,9 +266,7 @@ def linear_names(entry: PlanEntry) -> list[list[str]]:
 def linears(entry: PlanEntry, quantized: QuantizedTensor) -> Iterator[tuple[str, QuantizedTensor]]:
     """The 2-D tensors of an entry by name: codes `[out, in]`, scales `[out, groups]`."""
     names = linear_names(entry)
-    codes = quantized.codes.reshape(len(names), *quantized.codes.shape[-2:])
-    scales = quantized.scales.reshape(len(names), *quantized.scales.shape[-2:])
-    for expert, parts in enumerate(names):
-        divided = zip(parts, codes[expert].chunk(len(parts)), scales[expert].chunk(len(parts)), strict=True)
-        for name, part_codes, part_scales in divided:
-            yield name, QuantizedTensor(part_codes, part_scales, quantized.codebook)
+    out = quantized.codes.shape[-2] // len(names[0])
+    parts = quantized.map(lambda tensor: tensor.reshape(-1, out, tensor.shape[-1]))  # [experts * parts, out, in]
+    for index, name in enumerate(name for row in names for name in row):
+        yield name, parts.map(lambda tensor, index=index: tensor[index])

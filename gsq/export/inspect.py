@@ -6,7 +6,7 @@ It knows dense checkpoints and exports; it returns data and prints nothing.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from gsq.export.base import DecodedCheckpoint, open_model
@@ -21,9 +21,11 @@ def inspect(folder: str | Path) -> list[dict]:
     `tensors` are those alike but for the indices in their names, which `kind` shows as `*`.
     """
     model = open_model(folder)
+    packed = model.packed if isinstance(model, DecodedCheckpoint) else {}
+    sharers = Counter(part for tensor in packed.values() for part in tensor.stored)
     sums: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     for name, info in model.tensors.items():
-        stored_as, nbytes = _storage(model, name)
+        stored_as, nbytes = _storage(model, name, sharers)
         kind = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
         for key in ((kind, stored_as), TOTAL):
             sums[key] = [before + more for before, more in zip(sums[key], (1, info.numel, nbytes), strict=True)]
@@ -39,10 +41,10 @@ def _row(kind: str, stored_as: str, tensors: int, weights: int, nbytes: int) -> 
     }  # fmt: skip
 
 
-def _storage(model: Checkpoint, name: str) -> tuple[str, int]:
-    """How a tensor is stored and the bytes that takes."""
+def _storage(model: Checkpoint, name: str, sharers: Counter[str]) -> tuple[str, int]:
+    """How a tensor is stored and the bytes that takes; `sharers` counts the tensors, all alike, that share a part."""
     if isinstance(model, DecodedCheckpoint) and name in model.packed:
         packed = model.packed[name]
-        return packed.label, sum(model.stored.tensors[part].nbytes for part in packed.stored)
+        return packed.label, sum(model.stored.tensors[part].nbytes // sharers[part] for part in packed.stored)
     info = model.tensors[name]
     return str(info.dtype).removeprefix("torch."), info.nbytes

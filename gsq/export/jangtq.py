@@ -23,8 +23,9 @@ from torch import Tensor
 
 from gsq.codebook import Codebook, QuantizedTensor
 from gsq.errors import UserError
+from gsq.export import mlx_layout
 from gsq.export.base import DecodedCheckpoint, PackedTensor, PlanEntry, Run, as_float16, require_codebook, walk
-from gsq.kernels.affine import affine_columns, dequantize_affine, pack_affine, quantize_affine, unpack_affine
+from gsq.kernels.affine import dequantize_affine, pack_affine, quantize_affine, unpack_affine
 from gsq.kernels.packing import WORD, pack_words, unpack_words
 from gsq.model.checkpoint import Checkpoint, CheckpointWriter
 from gsq.model.targets import EXPERT_PARTS
@@ -36,11 +37,7 @@ CONFIG, RUNTIME = "jang_config.json", "jangtq_runtime.safetensors"
 SETTINGS = ("quantization", "weight_format", "mxtq_seed", "mxtq_bits")  # what `config.json` gains
 PACKED, NORMS, WIDTH = ".tq_packed", ".tq_norms", ".tq_bits"
 
-PLACES = (  # how names begin in Hugging Face checkpoints, and in MLX's module tree
-    ("model.language_model.", "language_model.model."),
-    ("model.visual.", "vision_tower."),
-    ("lm_head.", "language_model.lm_head."),
-)
+PLACES = (*mlx_layout.QWEN3_5, ("model.visual.", "vision_tower."))
 Kind = Literal["dropped", "experts", "channels last", "float16", "affine"]
 KINDS: tuple[tuple[str, Kind], ...] = (  # the first pattern found in a source's name decides
     (r"(^|\.)mtp\.", "dropped"),
@@ -61,16 +58,14 @@ FAMILIES = {  # type of the text model: the family that readers know it as, and 
 
 def check(source: Checkpoint, entries: Mapping[str, PlanEntry]) -> None:
     """Raise `UserError` naming the first tensor that the format cannot hold, and what could."""
-    planned = [entry for _, entry in walk(source, entries) if entry]
-    if not planned:
-        raise UserError("the plan quantizes nothing, so there is nothing to export")
-    for entry in planned:
-        _check_entry(entry)
+    for _, entry in walk(source, entries):
+        if entry:
+            _check_entry(entry)
     for name in _kept_names(source, entries):
         if kind_of(name, source.tensors[name].shape) == "experts":
             raise UserError(
                 f"{name}: format jangtq packs all routed experts, and this one is kept; quantize it with codebook "
-                "jangtq, or export as tq"
+                "jangtq, or use codebook and format tq"
             )
         stored_name(name)
     _family(source.config)
@@ -113,18 +108,18 @@ def decoded(checkpoint: Checkpoint) -> DecodedCheckpoint:
 
 def stored_name(name: str) -> str:
     """Where MLX's module tree has a tensor of the source."""
-    for before, after in PLACES:
-        if name.startswith(before):
-            return after + name.removeprefix(before)
+    place = mlx_layout.stored_name(PLACES, name)
+    if place is not None:
+        return place
     places = ", ".join(before + "*" for before, _ in PLACES)
-    raise UserError(f"format jangtq has no place for {name}: it takes models whose tensors are {places}; export as tq")
+    raise UserError(
+        f"format jangtq has no place for {name}: it takes models whose tensors are {places}; use codebook and format tq"
+    )
 
 
 def original_name(name: str) -> str:
     """Inverse of `stored_name`; a name that it never gives is left as it is."""
-    found = ((before, after) for before, after in PLACES if name.startswith(after))
-    before, after = next(found, ("", ""))
-    return before + name.removeprefix(after)
+    return mlx_layout.original_name(PLACES, name)
 
 
 def kind_of(name: str, shape: tuple[int, ...]) -> Kind:
@@ -148,16 +143,7 @@ def kept_as(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 def stored_parts(entry: PlanEntry, quantized: QuantizedTensor) -> Iterator[tuple[str, QuantizedTensor]]:
     """The modules that fused experts are stored as, `[experts, out, in]` each, by name."""
-    names = stored_modules(entry)
-    codes, scales = (t.chunk(len(names), dim=-2) for t in (quantized.codes, quantized.scales))
-    for name, part_codes, part_scales in zip(names, codes, scales, strict=True):
-        yield name, QuantizedTensor(part_codes, part_scales, quantized.codebook)
-
-
-def stored_modules(entry: PlanEntry) -> list[str]:
-    """Names of `stored_parts`."""
-    prefix, _, _ = stored_name(entry.sources[0]).partition(".experts.")
-    return [f"{prefix}.switch_mlp.{part}" for part in EXPERT_PARTS[entry.name.rpartition(".")[2]]]
+    return mlx_layout.stored_parts(PLACES, entry, quantized)
 
 
 def pack(module: str, quantized: QuantizedTensor) -> dict[str, Tensor]:
@@ -208,7 +194,9 @@ def jang_config(source: Checkpoint, entries: Mapping[str, PlanEntry]) -> dict:
             "bits_default": BITS,
             "affine_override_count": len(_affine_modules(source, entries)),
             "routed_expert_bits": routed,
-            "mxtq_tensor_group_count": sum(len(stored_modules(e)) for e in entries.values() if e.codebook),
+            "mxtq_tensor_group_count": sum(
+                len(mlx_layout.stored_modules(PLACES, e)) for e in entries.values() if e.codebook
+            ),
         },
         **(_without_mtp(layers) if layers else {}),
         "capabilities": _capabilities(source.config, vision),
@@ -220,7 +208,7 @@ def routed_bits(entries: Mapping[str, PlanEntry]) -> int | dict[str, int]:
     widths: dict[str, Counter[int]] = defaultdict(Counter)
     for entry in entries.values():
         if entry.codebook:
-            for module in stored_modules(entry):
+            for module in mlx_layout.stored_modules(PLACES, entry):
                 widths[module.rpartition(".")[2]][entry.codebook.bits] += 1
     parts = [part for parts in EXPERT_PARTS.values() for part in parts if part in widths]
     common = {part: min(widths[part], key=lambda bits: (-widths[part][bits], bits)) for part in parts}
@@ -241,7 +229,7 @@ def _check_entry(entry: PlanEntry) -> None:
     if kind_of(entry.sources[0], entry.shape) != "experts":
         raise UserError(
             f"{entry.name}: format jangtq packs routed experts only, and stores other tensors in {BITS} or 16 bits; "
-            "keep this tensor, or export as tq"
+            "keep this tensor, or use codebook and format tq"
         )
     require_codebook(entry, "jangtq")
     stored_name(entry.sources[0])
@@ -251,7 +239,7 @@ def _check_entry(entry: PlanEntry) -> None:
         advice = f"use {fitting} bits, or " if fitting else ""
         raise UserError(
             f"{entry.name}: format jangtq packs {WORD // bits} codes of {bits} bits in a word, which does not divide "
-            f"in_features {width}; {advice}export as tq"
+            f"in_features {width}; {advice}use codebook and format tq"
         )
 
 
@@ -272,7 +260,9 @@ def _family(config: dict) -> dict:
     types = [text.get("model_type"), config.get("model_type")]
     found = next((FAMILIES[type] for type in types if type in FAMILIES), None)
     if found is None:
-        raise UserError(f"format jangtq is read for {', '.join(FAMILIES)}, not for {types[0]}; export as tq")
+        raise UserError(
+            f"format jangtq is read for {', '.join(FAMILIES)}, not for {types[0]}; use codebook and format tq"
+        )
     return found
 
 
@@ -299,18 +289,16 @@ def _without_mtp(layers: int) -> dict:
 
 def _decoded_experts(checkpoint: Checkpoint, name: str) -> tuple[str, PackedTensor]:
     """The fused experts, by name, that the tensor `name` is a part of."""
-    prefix, _, part = name.removesuffix(PACKED).rpartition(".switch_mlp.")
-    fused = next((fused for fused, parts in EXPERT_PARTS.items() if part in parts), None)
-    modules = [f"{prefix}.switch_mlp.{part}" for part in EXPERT_PARTS.get(fused, ())]
+    fused, modules = mlx_layout.stacked_beside(name.removesuffix(PACKED))
     missing = [m + end for m in modules for end in (PACKED, NORMS, WIDTH) if m + end not in checkpoint.tensors]
-    if not modules or missing:
-        raise UserError(f"{name} belongs to experts of which {missing[:1] or 'nothing else'} is missing; export again")
+    if missing:
+        raise UserError(f"{name} belongs to experts of which {missing[0]} is missing; export again")
     books = [_stored_codebook(checkpoint, module) for module in modules]
     experts, rows, _ = checkpoint.tensors[name].shape
     shape = (experts, rows * len(modules), books[0].rotation.width)
     stored = tuple(module + end for module in modules for end in (PACKED, NORMS, WIDTH))
     decode = partial(_decode_experts, checkpoint, list(zip(modules, books, strict=True)))
-    return original_name(f"{prefix}.experts.{fused}"), PackedTensor(shape, stored, f"jangtq{books[0].bits}", decode)
+    return original_name(fused), PackedTensor(shape, stored, f"jangtq{books[0].bits}", decode)
 
 
 def _stored_codebook(checkpoint: Checkpoint, module: str) -> Codebook:
@@ -332,20 +320,9 @@ def _decode_experts(checkpoint: Checkpoint, modules: list[tuple[str, Codebook]],
 
 
 def _decoded_affine(checkpoint: Checkpoint, name: str) -> PackedTensor:
-    module = name.removesuffix(".weight")
-    stored = (name, module + ".scales", module + ".biases")
-    missing = [part for part in stored if part not in checkpoint.tensors]
-    setting = checkpoint.config.get("quantization", {})
-    setting = setting.get(module, setting)
-    rows, words = checkpoint.tensors[name].shape
-    if missing or not isinstance(setting, dict) or not {"bits", "group_size"} <= setting.keys():
-        raise UserError(f"{name} is packed, but config.json or its scales are incomplete; export again")
-    bits, size = setting["bits"], setting["group_size"]
-    shape = (rows, affine_columns(words, bits))
-    if checkpoint.tensors[stored[1]].shape != (rows, shape[1] // size):
-        raise UserError(f"{name} needs scales for groups of {size}; export again")
-    decode = partial(_decode_affine, checkpoint, stored, bits)
-    return PackedTensor(shape, stored, f"affine{bits} g{size}", decode, torch.float16)
+    codebook, shape, stored = mlx_layout.affine_module(checkpoint, name.removesuffix(".weight"))
+    decode = partial(_decode_affine, checkpoint, stored, codebook.bits)
+    return PackedTensor(shape, stored, f"affine{codebook.bits} g{codebook.group_size}", decode, torch.float16)
 
 
 def _decode_affine(checkpoint: Checkpoint, stored: tuple[str, ...], bits: int, part: int | None) -> Tensor:
@@ -354,14 +331,6 @@ def _decode_affine(checkpoint: Checkpoint, stored: tuple[str, ...], bits: int, p
 
 
 def _decoded_float16(checkpoint: Checkpoint, name: str) -> PackedTensor:
-    info = checkpoint.tensors[name]
-    original, label = original_name(name), str(info.dtype).removeprefix("torch.")
-    if kind_of(original, info.shape) != "channels last":
-        return PackedTensor(info.shape, (name,), label, partial(checkpoint.read, name), info.dtype)
-    shape = (info.shape[0], info.shape[-1], *info.shape[1:-1])
-    return PackedTensor(shape, (name,), label, partial(_channels_first, checkpoint, name), info.dtype)
-
-
-def _channels_first(checkpoint: Checkpoint, name: str, part: int | None) -> Tensor:
-    tensor = checkpoint.read(name).movedim(-1, 1)
-    return tensor if part is None else tensor[part]
+    tensor = mlx_layout.kept_tensor(checkpoint, name)
+    last = kind_of(original_name(name), tensor.shape) == "channels last"
+    return mlx_layout.channels_first(tensor) if last else tensor

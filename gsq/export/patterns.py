@@ -11,18 +11,19 @@ from gsq.errors import UserError
 ROOTS = ("model", "language_model")  # readers rename these, so no pattern contains them
 
 
-def cover(names: set[str], avoid: list[str], exact: set[bool]) -> list[tuple[str, bool]]:
+def cover(names: set[str], avoid: list[str], exact: set[bool], within: str = "") -> list[tuple[str, bool]]:
     """Few short runs of path segments that occur in all `names` and in none of `avoid`, greedily.
 
-    Each comes with how it must be matched: by whole segments (True) or as a substring (False); `exact`
-    says which of these a reader can do. Raises `UserError` if there is no such choice.
+    Each contains the text `within`, and comes with how it must be matched: by whole segments (True) or as a
+    substring (False); `exact` says which of these a reader can do. Raises `UserError` if there is no such choice.
     """
     text = "\n".join(f".{name}." for name in avoid)
     taken = {run for name in avoid for run in _runs(name)}  # most of what `text` holds, found quickly
     holders: dict[str, set[str]] = defaultdict(set)
     for name in names:
         for run in _runs(name):
-            holders[run].add(name)
+            if within in run:
+                holders[run].add(name)
     left = set(names)
     # The best candidate first: most names, then a substring, then the fewest segments. As names are covered a
     # candidate only gets worse, so one whose place is still right when it comes up is the best of all.

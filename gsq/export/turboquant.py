@@ -121,8 +121,6 @@ def stored_parts(entry: PlanEntry, quantized: QuantizedTensor) -> Iterator[tuple
 def tq_config(source: Checkpoint, entries: Mapping[str, PlanEntry]) -> dict:
     """The `tq_config.json` under which readers decode exactly the planned tensors."""
     planned = {entry.sources[0]: entry for _, entry in walk(source, entries) if entry}
-    if not planned:
-        raise UserError("the plan quantizes nothing, so there is nothing to export")
     for entry in planned.values():
         _check_entry(entry)
     sizes = {entry.codebook.group_size: entry.name for entry in planned.values()}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +21,15 @@ import torch
 
 from gsq.codebook import QuantizedTensor
 from gsq.errors import UserError
-from gsq.export import humming, jangtq, turboquant
+from gsq.export import compressed_tensors, humming, jangtq, mlx_layout, turboquant
 from gsq.export.base import PlanEntry, Run, format_module, linears, walk
+from gsq.export.integers import Setting
 from gsq.model.checkpoint import INDEX, SINGLE, Checkpoint, read_json
 
 SHOWN = 5  # differences named in an error
 SLICE = 1 << 20  # weights decoded at once
 LENGTH = 8  # bytes in front of a shard's header that tell its length
-FLOATS = {"F32": "<f4", "F64": "<f8"}
+FLOATS = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 PIECE = 1 << 16  # groups of a kept tensor that are rounded at once
 
 
@@ -88,7 +90,7 @@ def verify(folder: str | Path, run: Run) -> Report:
     seen: set[str] = set()
     for name, entry in walk(run.source, run.plan.entries):
         if entry is None:
-            for place, wanted in comparison.kept(name, source[name]).items():
+            for place, wanted in comparison.kept(name, source, run.source).items():
                 seen.add(place)
                 _compare_kept(place, stored, wanted, report)
         else:
@@ -124,14 +126,29 @@ def _compare_humming(entry: PlanEntry, quantized: QuantizedTensor, stored: Store
     for weight, wanted in linears(entry, quantized):
         module = weight.removesuffix(".weight")
         names = (weight, module + ".weight_scale")
-        difference = _missing(names, stored) or _humming_difference(wanted, *(stored[n] for n in names), config, module)
+        setting = humming.read_setting(config, module)
+        yield module, names, _missing(names, stored) or _integers_differ(wanted, setting, *(stored[n] for n in names))
+
+
+def _compare_compressed_tensors(
+    entry: PlanEntry, quantized: QuantizedTensor, stored: Stored, checkpoint: Checkpoint
+) -> Compared:
+    """Packed Linears of an entry of the run."""
+    config = compressed_tensors.read_config(checkpoint)
+    for weight, wanted in linears(entry, quantized):
+        module = weight.removesuffix(".weight")
+        names = tuple(module + part for part in (".weight_packed", ".weight_scale", ".weight_shape"))
+        setting = compressed_tensors.read_setting(config, module)
+        difference = _missing(names, stored) or _integers_differ(wanted, setting, *(stored[n] for n in names[:2]))
+        shape = RawTensor("I64", (2,), np.array(wanted.codes.shape, "<i8").view(np.uint8))
+        if not difference and not stored[names[2]].same_as(shape):
+            difference = f"weight_shape is not {list(wanted.codes.shape)}"
         yield module, names, difference
 
 
-def _humming_difference(
-    wanted: QuantizedTensor, words: RawTensor, scales: RawTensor, config: dict, module: str
+def _integers_differ(
+    wanted: QuantizedTensor, setting: Setting | None, words: RawTensor, scales: RawTensor
 ) -> str | None:
-    setting = humming.read_setting(config, module)
     if setting is None:
         return "config.json says it is not quantized"
     rows, columns = wanted.codes.shape
@@ -254,6 +271,52 @@ def _jangtq_difference(wanted: QuantizedTensor, packed: RawTensor, norms: RawTen
     return None
 
 
+def _compare_mlx(entry: PlanEntry, quantized: QuantizedTensor, stored: Stored, checkpoint: Checkpoint) -> Compared:
+    """Modules of an entry of the run."""
+    setting = checkpoint.config["quantization"]
+    for module, wanted in mlx_layout.stored_parts(mlx_layout.layout_of(checkpoint.config).places, entry, quantized):
+        names = tuple(module + part for part in mlx_layout.PARTS)
+        own = setting.get(module, setting)
+        difference = _missing(names, stored) or _affine_difference(wanted, own, *(stored[name] for name in names))
+        yield module, names, difference
+
+
+def _affine_difference(
+    wanted: QuantizedTensor, setting: dict, words: RawTensor, scales: RawTensor, biases: RawTensor
+) -> str | None:
+    bits, size = wanted.codebook.bits, wanted.codebook.group_size
+    *rows, columns = wanted.codes.shape
+    if (setting.get("bits"), setting.get("group_size"), setting.get("mode", "affine")) != (bits, size, "affine"):
+        return f"config.json says {setting}, the run has {bits} bits in groups of {size}"
+    if (words.dtype, words.shape) != ("U32", (*rows, columns * bits // 32)):
+        return f"codes are stored as {words.dtype} {words.shape}"
+    dtype = {torch.bfloat16: "BF16", torch.float16: "F16"}.get(wanted.codebook.scale_dtype)
+    for part in (scales, biases):
+        if (part.dtype, part.shape) != (dtype, (*rows, columns // size)):
+            return f"scales or biases are stored as {part.dtype} {part.shape}"
+    if not np.array_equal(scales.data, _octets(wanted.scales)):
+        return "scales differ"
+    if wanted.offsets is not None and not np.array_equal(biases.data, _octets(wanted.offsets)):
+        return "biases differ"
+    wanted = wanted.shaped(math.prod(rows))
+    octets = words.data.reshape(len(wanted.codes), -1)
+    factors, summands = (_numbers(part).astype(np.float32).reshape(len(octets), -1) for part in (scales, biases))
+    step = max(1, SLICE // columns)
+    for start in range(0, len(octets), step):
+        part = slice(start, start + step)
+        codes, expected = _unpack(octets[part], bits), wanted.rows(start, start + step)
+        if not np.array_equal(codes, expected.codes.numpy()):
+            return "codes differ"
+        decoded = codes.astype(np.float32) * factors[part].repeat(size, axis=1) + summands[part].repeat(size, axis=1)
+        if not np.array_equal(decoded, expected.dequantize().numpy()):  # zeros may have another sign
+            return "decoded values differ"
+    return None
+
+
+def _octets(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.contiguous().view(torch.uint8).numpy().ravel()
+
+
 def _split_hadamard(rows: np.ndarray) -> np.ndarray:
     """Rows `[n, in]` transformed in blocks, the descending powers of two that add up to `in`; each as a product."""
     done, parts = 0, []
@@ -278,22 +341,22 @@ def _missing(names: tuple[str, ...], stored: Stored) -> str | None:
     return next((f"{name} is missing" for name in names if name not in stored), None)
 
 
-def _identical(name: str, tensor: RawTensor) -> Stored:
+def _identical(name: str, source: Stored, checkpoint: Checkpoint) -> Stored:
     """Kept tensors that are copied bit for bit."""
-    return {name: tensor}
+    return {name: source[name]}
 
 
-def _as_float16(name: str, tensor: RawTensor) -> Stored:
+def _as_float16(name: str, source: Stored, checkpoint: Checkpoint) -> Stored:
     """Kept tensors that are rounded to float16."""
-    return {name: _half(tensor)}
+    return {name: _half(source[name])}
 
 
-def _kept_by_jangtq(name: str, tensor: RawTensor) -> Stored:
+def _kept_by_jangtq(name: str, source: Stored, checkpoint: Checkpoint) -> Stored:
     """Kept tensors under MLX's names: dropped, rounded to float16, with channels last, or to affine 8 bits."""
-    kind = jangtq.kind_of(name, tensor.shape)
+    kind = jangtq.kind_of(name, source[name].shape)
     if kind == "dropped":
         return {}
-    place, half = jangtq.stored_name(name), _half(tensor)
+    place, half = jangtq.stored_name(name), _half(source[name])
     if kind == "float16":
         return {place: half}
     values = half.data.view("<f2")
@@ -330,13 +393,52 @@ def _affine8(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return codes, scales, biases
 
 
+def _kept_by_mlx(name: str, source: Stored, checkpoint: Checkpoint) -> Stored:
+    """Kept tensors under MLX's names: dropped, stacked, divided, with one added, with channels last, or copied."""
+    layout, tensor = mlx_layout.source_layout(checkpoint), source[name]
+    place = layout.stored_name(name)
+    if place is None:
+        return {}
+    if expert := mlx_layout.EXPERT.fullmatch(place):
+        if expert["index"] != "0":
+            return {}  # it is in the stack that the first one stands for
+        names = mlx_layout.expert_names(name, source)
+        stack = np.concatenate([source[each].data for each in names])
+        stacked = RawTensor(tensor.dtype, (len(names), *tensor.shape), stack)
+        return {f"{expert['mlp']}.switch_mlp.{expert['part']}.weight": stacked}
+    if fused := mlx_layout.FUSED.fullmatch(place):
+        modules = mlx_layout.stacks(fused["mlp"], fused["fused"])
+        experts, rows, columns = tensor.shape
+        shape, halves = (experts, rows // len(modules), columns), tensor.data.reshape(experts, len(modules), -1)
+        parts = [RawTensor(tensor.dtype, shape, halves[:, index].ravel()) for index in range(len(modules))]
+        return {module + ".weight": part for module, part in zip(modules, parts, strict=True)}
+    if re.search(layout.raised, name):
+        return {place: _plus_one(tensor)}
+    if re.search(layout.channels_last, name):
+        moved = np.moveaxis(tensor.data.reshape(*tensor.shape, -1), 1, -2)  # the last dimension: bytes of a number
+        return {place: RawTensor(tensor.dtype, moved.shape[:-1], moved.ravel())}
+    return {place: tensor}
+
+
+def _plus_one(tensor: RawTensor) -> RawTensor:
+    """Floating-point numbers with one added, rounded to their dtype."""
+    sums = _numbers(tensor) + 1
+    if tensor.dtype == "BF16":
+        bits = sums.view("<u4")
+        sums = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")  # to nearest, ties to even
+    return RawTensor(tensor.dtype, tensor.shape, sums.view(np.uint8))
+
+
 def _half(tensor: RawTensor) -> RawTensor:
     """Floating-point numbers rounded to float16."""
     if tensor.dtype not in ("BF16", *FLOATS):
         return tensor
-    raw = tensor.data
-    values = _bfloat16(raw.view("<u2")) if tensor.dtype == "BF16" else raw.view(FLOATS[tensor.dtype])
-    return RawTensor("F16", tensor.shape, values.astype(np.float16).view(np.uint8))
+    return RawTensor("F16", tensor.shape, _numbers(tensor).astype(np.float16).view(np.uint8))
+
+
+def _numbers(tensor: RawTensor) -> np.ndarray:
+    """Floating-point numbers in a row, those of bfloat16 as float32."""
+    return _bfloat16(tensor.data.view("<u2")) if tensor.dtype == "BF16" else tensor.data.view(FLOATS[tensor.dtype])
 
 
 def _config_as_source(checkpoint: Checkpoint, source: dict, stored: Stored) -> list[str]:
@@ -364,6 +466,33 @@ def _config_of_jangtq(checkpoint: Checkpoint, source: dict, stored: Stored) -> l
     if jang.get("mxtq_seed") != 42:
         differences.append("jang_config.json does not describe the rotation")
     return differences
+
+
+def _config_of_mlx(checkpoint: Checkpoint, source: dict, stored: Stored) -> list[str]:
+    """What `config.json` says otherwise than source and tensors; its settings are compared with each module."""
+    config, text = checkpoint.config, mlx_layout.text_config(checkpoint.config)
+    rope = text.get("rope_parameters") or {}
+    older = {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    older["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+    older["num_experts"] = text.get("num_local_experts")
+    changed = _changed(text, mlx_layout.text_config(source), older)
+    if text is not config:
+        changed += _changed(config, source)
+    differences = [f"config.json says another {key} than the source" for key in changed]
+    if text.get("tie_word_embeddings") == any("lm_head." in name for name in stored):
+        differences.append("config.json and tensors disagree on a tied head")
+    if config["quantization"] != config.get("quantization_config"):
+        differences.append("quantization and quantization_config of config.json differ")
+    settings = (key for key, value in config["quantization"].items() if isinstance(value, dict))
+    differences += [f"config.json has a setting of {key}" for key in settings if key + ".scales" not in stored]
+    return differences
+
+
+def _changed(ours: dict, theirs: dict, more: dict | None = None) -> list[str]:
+    """Keys that differ between the source's config and ours, which has `more`, quantization aside."""
+    apart = {"quantization", "quantization_config", "vision_config", "text_config", "tie_word_embeddings"}
+    wanted = (more or {}) | {key: value for key, value in theirs.items() if value is not None}
+    return [key for key in sorted((ours.keys() | wanted.keys()) - apart) if ours.get(key) != wanted.get(key)]
 
 
 def _stored_widths(stored: Stored) -> int | dict[str, int]:
@@ -423,12 +552,14 @@ class Comparison:
     """How the quantized tensors of a format are compared, what becomes of a kept one, what configs must say."""
 
     quantized: Callable[[PlanEntry, QuantizedTensor, Stored, Checkpoint], Compared]
-    kept: Callable[[str, RawTensor], Stored]
+    kept: Callable[[str, Stored, Checkpoint], Stored]
     config: Callable[[Checkpoint, dict, Stored], list[str]]
 
 
 COMPARE = {
     "humming": Comparison(_compare_humming, _identical, _config_as_source),
+    "compressed-tensors": Comparison(_compare_compressed_tensors, _identical, _config_as_source),
     "tq": Comparison(_compare_tq, _as_float16, _config_as_source),
     "jangtq": Comparison(_compare_jangtq, _kept_by_jangtq, _config_of_jangtq),
+    "mlx": Comparison(_compare_mlx, _kept_by_mlx, _config_of_mlx),
 }
