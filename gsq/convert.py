@@ -7,8 +7,12 @@ speed of the disk. For rotated codebooks it gives what the formats' own tools gi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,41 +20,59 @@ from torch import Tensor
 from gsq.codebook import Codebook, QuantizedTensor
 from gsq.config import Config
 from gsq.errors import UserError
-from gsq.export.base import PlanEntry, export_run
+from gsq.export.base import PlanEntry, export_run, walk
 from gsq.init.rtn import match_norms, round_to_nearest
 from gsq.model.checkpoint import Checkpoint
 from gsq.plan.rules import Plan
-from gsq.train import prepare
+from gsq.prepare import prepare
 
-SHARD = 1 << 29  # bytes of a shard: small, since memory holds one, besides the codes of the largest tensor
+T = TypeVar("T")
+PIECE = 1 << 22  # weights that a thread rounds at a time
+AHEAD = 8  # pieces that may wait to be packed
+SHARD = 1 << 27  # bytes of a shard: small, since memory holds one, besides the codes of the largest tensor
 
 
 class Rounded:
-    """Looks to an export like a finished run, but quantizes each tensor only when it is asked for."""
+    """Looks to an export like a finished run, but rounds its tensors while they are asked for, in stored order.
 
-    def __init__(self, source: Checkpoint, plan: Plan):
+    The threads of `pool` work a little ahead, piece by piece: rows do not depend on each other.
+    """
+
+    def __init__(self, source: Checkpoint, plan: Plan, pool: Executor):
         self.source, self.plan = source, plan
+        entries = [entry for _, entry in walk(source, plan.entries) if entry]
+        self._entries = iter(entries)
+        self._pieces = ahead(pool, self._round, (piece for entry in entries for piece in self._divide(entry)))
 
     def load(self, name: str) -> QuantizedTensor:
         """Codes and scales of a planned tensor, experts fused."""
-        entry = self.plan.entries[name]
-        codebook, rows = entry.codebook, entry.shape[:-1]
-        columns = codebook.columns(entry.shape[-1])
-        codes = torch.empty(math.prod(rows), columns, dtype=torch.uint8)
-        scales = torch.empty(math.prod(rows), columns // codebook.group_size, dtype=codebook.scale_dtype)
-        place = 0
-        for weight in self._matrices(entry):
-            part = slice(place, place := place + len(weight))
-            rounded = without_calibration(weight, codebook)
-            codes[part], scales[part] = rounded.codes, rounded.scales
-        return QuantizedTensor(codes.view(*rows, -1), scales.view(*rows, -1), codebook)
+        entry = next(self._entries)
+        if entry.name != name:
+            raise ValueError(f"{name} was asked for before {entry.name}, which is stored in front of it")
+        rows = math.prod(entry.shape[:-1])
+        whole, place = None, 0
+        while place < rows:
+            piece = next(self._pieces)
+            whole = whole or piece.map(lambda tensor: tensor.new_empty(rows, tensor.shape[-1]))
+            for part, target in zip(_tensors(piece), _tensors(whole), strict=True):
+                target[place : place + len(part)] = part
+            place += len(piece.codes)
+        return whole.shaped(*entry.shape[:-1])
 
-    def _matrices(self, entry: PlanEntry) -> Iterator[Tensor]:
-        """Weights `[out, in]` that make up an entry, in order."""
-        fused = len(entry.shape) == 3 and len(entry.sources) == 1
+    def _divide(self, entry: PlanEntry) -> Iterator[tuple[PlanEntry, str, slice]]:
+        """Pieces of an entry, in order: tensors that make it up, and parts of their first dimension."""
         for name in entry.sources:
-            for part in range(entry.shape[0]) if fused else [None]:
-                yield self.source.read_sound(name, part)
+            length, *rest = self.source.tensors[name].shape
+            step = max(1, PIECE // math.prod(rest))
+            yield from ((entry, name, slice(start, start + step)) for start in range(0, length, step))
+
+    def _round(self, entry: PlanEntry, name: str, part: slice) -> QuantizedTensor:
+        weights = self.source.read_sound(name, part)
+        return without_calibration(weights.flatten(0, -2), entry.codebook)
+
+
+def _tensors(quantized: QuantizedTensor) -> list[Tensor]:
+    return [t for t in (quantized.codes, quantized.scales, quantized.offsets) if t is not None]
 
 
 def without_calibration(weight: Tensor, codebook: Codebook) -> QuantizedTensor:
@@ -63,4 +85,27 @@ def convert(config: Config, out: str | Path) -> Path:
     if config.export.format is None:
         raise UserError("export.format is null, so there is nothing to write; set it")
     skeleton, plan = prepare(config, torch.device("cpu"))
-    return export_run(Rounded(skeleton.checkpoint, plan), config.export.format, out, SHARD)
+    with threads() as pool:
+        return export_run(Rounded(skeleton.checkpoint, plan, pool), config.export.format, out, SHARD)
+
+
+@contextmanager
+def threads() -> Iterator[Executor]:
+    """As many threads as torch uses. Each of them, and the caller meanwhile, has torch's operations to itself."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(count)
+
+
+def ahead(pool: Executor, work: Callable[..., T], items: Iterable[tuple]) -> Iterator[T]:
+    """`work(*item)` for every item, in order, of which `pool` does up to `AHEAD` before they are asked for."""
+    waiting: deque[Future[T]] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, *item))
+        if len(waiting) > AHEAD:
+            yield waiting.popleft().result()
+    yield from (future.result() for future in waiting)

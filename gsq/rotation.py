@@ -92,9 +92,9 @@ class Rotation:
     def _transform(self, x: Tensor) -> Tensor:
         """Orthogonal Hadamard transform of every block of `x` `[..., columns]`."""
         if self.kind == "tq":
-            return (hadamard(x.unflatten(-1, (-1, self.block))) / math.sqrt(self.block)).flatten(-2)
+            return hadamard(x.unflatten(-1, (-1, self.block))).div_(math.sqrt(self.block)).flatten(-2)
         parts = x.split(self.blocks, -1)
-        return torch.cat([hadamard(part) * (1.0 / part.shape[-1] ** 0.5) for part in parts], -1)
+        return torch.cat([hadamard(part).mul_(1.0 / part.shape[-1] ** 0.5) for part in parts], -1)
 
     @cached_property
     def signs(self) -> tuple[Tensor, Tensor | None]:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gsq.errors import UserError
-from gsq.model.checkpoint import INDEX, Checkpoint, CheckpointWriter
+from gsq.model.checkpoint import INDEX, Checkpoint, CheckpointWriter, save_parts
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3),
@@ -68,6 +69,31 @@ def test_shards_are_named_and_indexed(sharded: Path):
 
 def test_files_may_be_read_by_whom_the_umask_allows(sharded: Path):
     assert len({path.stat().st_mode for path in sharded.iterdir()}) == 1
+
+
+def test_large_tensors_are_read_and_written_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = Checkpoint.open(write(tmp_path / "model"))
+    monkeypatch.setattr("gsq.model.checkpoint.PART", 8)  # bytes: a row of "a", all of "b"
+    assert [len(list(source.parts(name))) for name in ("a", "b", "c", "scalar")] == [2, 1, 5, 1]
+    writer = CheckpointWriter(tmp_path / "copy")
+    for name, info in source.tensors.items():
+        writer.add_parts(info.shape, ({name: part, name + "!": part.double()} for part in source.parts(name)))
+    writer.write_json("config.json", source.config)
+    copy = Checkpoint.open(writer.finish())
+    assert copy.nbytes == sum(info.nbytes + 8 * info.numel for info in source.tensors.values())
+    for name, tensor in TENSORS.items():
+        assert (copy.tensors[name].dtype, copy.tensors[name].shape) == (tensor.dtype, tensor.shape)
+        assert raw(copy.read(name)) == raw(tensor)
+        assert raw(copy.read(name + "!")) == raw(tensor.double())
+    assert len({info.file for info in copy.tensors.values()}) == 3  # "a", "c", and what is small
+
+
+def test_parts_are_stored_as_safetensors_does(tmp_path: Path):
+    tensors = {"b": torch.rand(3, 2), "a": torch.rand(3, 5).bfloat16(), "c": torch.rand(3, 1)}
+    parts = ({name: tensor[row : row + 1] for name, tensor in tensors.items()} for row in range(3))
+    save_parts(tmp_path / "ours", {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, parts)
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_part_of_a_tensor(sharded: Path):

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -26,11 +28,13 @@ from gsq.files import check_space, explained, save_tensors, sync
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SAMPLE = 1 << 20  # bytes of a file that a fingerprint looks at
+PART = 1 << 26  # bytes of a tensor that is read in parts
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,7 @@ class TensorInfo:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -101,6 +102,16 @@ class Checkpoint:
         """Like `read`, of a weight; raises `UserError` for NaN or Inf in it."""
         return sound(name, self.read(name, part))
 
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """The tensor `name`; if it is large, in parts of its first dimension."""
+        info = self.tensors[name]
+        if info.nbytes <= PART:
+            yield self.read(name)
+            return
+        step = max(1, PART * info.shape[0] // info.nbytes)
+        for start in range(0, info.shape[0], step):
+            yield self.read(name, slice(start, start + step))
+
     def side_files(self) -> Iterator[Path]:
         """Everything beside the weights that a user of the model needs: tokenizer, chat template, configs, licence."""
         shards = {info.file.name for info in self.tensors.values()}
@@ -152,6 +163,20 @@ class CheckpointWriter:
         for name, tensor in tensors.items():
             self.add(name, tensor)
 
+    def add_parts(self, shape: tuple[int, ...], parts: Iterator[dict[str, Tensor]]) -> None:
+        """Queue tensors that come in parts of their first dimension, which is that of `shape`.
+
+        If there is more than one part, they are written at once, as a shard of their own.
+        """
+        first, second = next(parts), next(parts, None)
+        if second is None:
+            self.add_all(first)
+            return
+        layout = {name: (tensor.dtype, (shape[0], *tensor.shape[1:])) for name, tensor in first.items()}
+        with self._writing():
+            self._total_bytes += save_parts(self._next_shard(), layout, chain([first, second], parts))
+        self._shards.append(list(layout))
+
     def write_json(self, file: str, content: dict) -> None:
         """A JSON file of the checkpoint, such as its `config.json`."""
         with self._writing():
@@ -197,9 +222,12 @@ class CheckpointWriter:
 
     def _flush(self) -> None:
         with self._writing():
-            save_tensors(self._pending, self.partial / self._shard_file(len(self._shards), None))
+            save_tensors(self._pending, self._next_shard())
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
+
+    def _next_shard(self) -> Path:
+        return self.partial / self._shard_file(len(self._shards), None)
 
     def _name_shards(self) -> None:
         """Shards know their total only at the end; the index is written last."""
@@ -214,6 +242,30 @@ class CheckpointWriter:
     @staticmethod
     def _shard_file(number: int, total: int | None) -> str:
         return f"model-{number + 1:05d}" + (f"-of-{total:05d}" if total else "") + ".safetensors"
+
+
+def save_parts(
+    path: Path, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]], parts: Iterable[dict[str, Tensor]]
+) -> int:
+    """Write a safetensors file of tensors that come in parts of their first dimension; returns their bytes.
+
+    `layout` has the dtype and shape of each.
+    """
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    places, end = {}, 0
+    for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])):  # aligned
+        places[name] = end
+        end += math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": (places[name], end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        start = file.write(len(text).to_bytes(8, "little") + text)
+        for part in parts:
+            for name, tensor in part.items():
+                file.seek(start + places[name])
+                places[name] += file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return end
 
 
 def fingerprint(source: Checkpoint) -> str:

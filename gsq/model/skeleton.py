@@ -94,6 +94,11 @@ class Skeleton:
             tensor = self.checkpoint.read(names[0]).to(self.device, dtype)
         return sound(parameter, tensor)
 
+    def replace(self, parameter: str, weight: Tensor) -> None:
+        """Put `weight` into the model in place of the checkpoint's, for a parameter outside the decoder layers."""
+        weight = weight.to(self.device, self.dtype)
+        _set_parameter(self.model, parameter, nn.Parameter(weight, requires_grad=False))
+
     def sources(self, parameter: str, shape: tuple[int, ...]) -> list[str]:
         """Names of the checkpoint's tensors that make up a parameter."""
         for alias in _aliases(parameter):
