@@ -26,10 +26,13 @@ from gsq.convert import convert
 from gsq.device import activation_dtype, pick_device
 from gsq.errors import UserError
 from gsq.eval.quality import FinalStates, compare, eval_tokens, final_states
-from gsq.export.base import open_model
+from gsq.export.base import DecodedCheckpoint, PackedTensor, open_model
 from gsq.files import save_tensors
+from gsq.model.checkpoint import Checkpoint
 from gsq.model.resolve import load_tokenizer, resolve_model
-from gsq.train import tokens_for, train
+from gsq.prepare import tokens_for
+from gsq.run import Run
+from gsq.train import train
 
 PLAIN = ["init.polish=0", "init.answer_original=false", "refine.enabled=false"]
 ROWS: dict[str, list[str] | None] = {
@@ -67,7 +70,7 @@ def main(
     base_config = load_config(config, overrides)
     source = resolve_model(base_config.model.name)
     tokens = eval_tokens(text, load_tokenizer(source), windows, length)
-    base = measure_states(source, tokens)
+    base = measure_states(open_model(source), tokens)
     calibration = sample_once(base_config, source, out / "tokens.safetensors")
     results = [{"method": "original", **compare(base, base), "bytes": stored_bytes(source)}]
     for name, settings in chosen.items():
@@ -76,7 +79,9 @@ def main(
             seconds = convert_timed(load_config(config, overrides), folder / "export")
         else:
             seconds = quantize(config, [*overrides, *settings, f"calib.source={calibration}"], folder)
-        results.append({"method": name, **quality(folder / "export", tokens, base), **seconds})
+        exported = (folder / "export").exists()
+        found = quality(folder / "export", tokens, base) if exported else run_quality(folder, tokens, base)
+        results.append({"method": name, **found, **seconds})
         save(results, out)
     for name, _, folder in (item.partition("=") for item in external):
         results.append({"method": name, **quality(Path(folder), tokens, base)})
@@ -112,16 +117,27 @@ def convert_timed(config: Config, out: Path) -> dict:
     return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
 
 
-def measure_states(folder: Path, tokens: torch.Tensor) -> FinalStates:
+def measure_states(model: Checkpoint, tokens: torch.Tensor) -> FinalStates:
     """Hidden states behind the last layer of a checkpoint."""
     device = pick_device()
-    return final_states(open_model(folder), tokens, device, activation_dtype(device))
+    return final_states(model, tokens, device, activation_dtype(device))
 
 
 def quality(folder: Path, tokens: torch.Tensor, base: FinalStates) -> dict:
     """KL, perplexity and size of a checkpoint."""
-    result = compare(measure_states(folder, tokens), base)
+    result = compare(measure_states(open_model(folder), tokens), base)
     return result | {"bytes": stored_bytes(folder)}
+
+
+def run_quality(folder: Path, tokens: torch.Tensor, base: FinalStates) -> dict:
+    """The same of a run whose codebook no format holds, as it would be at exact width."""
+    run = Run.open(folder).completed()
+    packed = {}
+    for entry in run.plan.targets():
+        [name] = entry.sources
+        packed[name] = PackedTensor(entry.shape, (name,), "", lambda part, name=entry.name: run.load(name).dequantize())
+    result = compare(measure_states(DecodedCheckpoint(run.source, packed), tokens), base)
+    return result | {"bytes": run.plan.summary()["bytes_after"]}
 
 
 def stored_bytes(folder: Path) -> int:

@@ -55,29 +55,40 @@ def quantize(
     from gsq.config import load_config
     from gsq.train import train
 
-    show_outcome(train(load_config(config, overrides), out, resume, started=show_start))
+    show_outcome(train(load_config(config, overrides), out, resume, started=show_start, progress=show_measuring))
 
 
 @app.command()
 def plan(
     config: ConfigFile,
     overrides: Overrides = [],  # noqa: B006
-    tensors: Annotated[bool, typer.Option("--tensors", help="one line per tensor")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="also one line per tensor")] = False,
     scan: Annotated[Scan | None, typer.Option(help="measure this of all that can be quantized; a table of it")] = None,
+    curve: Annotated[
+        Path | None, typer.Option(help="draw predicted KL against bits per weight: .png, .svg or .pdf")
+    ] = None,
 ) -> None:
     """Show what a recipe does to each tensor, with bits per weight and bytes.
 
-    Reads weights only to measure their kurtosis, where rules or --scan ask for it, and only once.
+    Reads weights only where rules or options ask for something measured, and only once.
     """
+    from gsq import prepare
     from gsq.config import load_config
     from gsq.device import pick_device
-    from gsq.train import prepare
+    from gsq.report import write_curve
 
     settings = load_config(config, overrides)
-    _, found = prepare(settings, pick_device(), scan is not None)
+    if curve and curve.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--curve {curve} must end in .png, .svg or .pdf")
+    if curve and settings.plan.target_bpw is None and settings.plan.target_size is None:
+        raise UserError("--curve draws what bits: sensitivity chooses from; give a rule these, and the plan a target")
+    skeleton, found = prepare.prepare(settings, pick_device(), scan is not None, show_measuring)
     if scan:
         show_kurtosis(found, settings.plan.kurtosis.limits())
     show_plan(found, tensors)
+    if curve:
+        write_curve(prepare.curve(settings, skeleton, found).to_dict(), curve)
+        console.print(f"curve: {curve}")
 
 
 @app.command()
@@ -205,18 +216,28 @@ def show_written(folder: Path) -> None:
     console.print(f"wrote {folder} · {units.size(total['bytes'])} · {total['bits per weight']:.2f} bits per weight")
 
 
+def show_measuring(done: int, layers: int) -> None:
+    """How far the measuring of sensitivities is; on stderr, which is for people."""
+    sys.stderr.write(f"\rmeasuring sensitivity: layer {done} of {layers}" + ("\n" if done == layers else ""))
+    sys.stderr.flush()
+
+
 def show_kurtosis(found: Plan, limits: Mapping[int, float]) -> None:
-    """Kurtosis by role, and how many tensors a rule `bits: kurtosis` would give so many bits."""
+    """Kurtosis by family of roles, and how many tensors a rule `bits: kurtosis` would give so many bits."""
+    from gsq.plan.roles import Role
+
     families: dict[str, list[float]] = {}
     for entry in found.entries.values():
         if entry.kurtosis is not None:
-            families.setdefault(entry.role, []).append(entry.kurtosis)
-    show_table(_family_row(role, values, limits) for role, values in families.items())
+            families.setdefault(Role.read(entry.role).family, []).append(entry.kurtosis)
+    show_table(_family_row(family, values, limits) for family, values in families.items())
 
 
 def show_plan(found: Plan, tensors: bool = False) -> None:
-    """A plan by role and rule, or tensor by tensor, and its totals."""
-    show_table(map(_tensor_row, found.entries.values()) if tensors else _kind_rows(found))
+    """A plan, tensor by tensor if asked for, by role and rule, and its totals."""
+    if tensors:
+        show_table(map(_tensor_row, found.entries.values()))
+    show_table(_kind_rows(found))
     total = found.summary()
     console.print(
         f"{total['targets']} tensors quantized at {total['bits_per_quantized_weight']:.2f} bits per weight · "
@@ -234,7 +255,7 @@ def show_table(rows: Iterable[dict[str, str]]) -> None:
     console.print(table)
 
 
-def _family_row(role: str, kurtosis: list[float], limits: Mapping[int, float]) -> dict[str, str]:
+def _family_row(family: str, kurtosis: list[float], limits: Mapping[int, float]) -> dict[str, str]:
     from gsq.config import WIDTHS
     from gsq.plan.kurtosis import bits_for
 
@@ -243,7 +264,7 @@ def _family_row(role: str, kurtosis: list[float], limits: Mapping[int, float]) -
     heads = {width: f"{width} bits" if width in common else f"{width} bits or keep" for width in limits}
     counts = {f"{heads[width]} (< {limit:g})": bits[width] for width, limit in limits.items()} | {"keep": bits[None]}
     return {
-        "family": role,
+        "family": family,
         "tensors": str(len(kurtosis)),
         "mean kurtosis": f"{sum(kurtosis) / len(kurtosis):.2f}",
         "max": f"{max(kurtosis):.2f}",
@@ -252,17 +273,21 @@ def _family_row(role: str, kurtosis: list[float], limits: Mapping[int, float]) -
 
 
 def _tensor_row(entry: PlanEntry) -> dict[str, str]:
-    return {"tensor": entry.name, "shape": str(list(entry.shape)), **_storage(entry), "rule": entry.reason}
+    shape = {"tensor": entry.name, "shape": str(list(entry.shape))}
+    return shape | {"role": entry.role, **_storage(entry), "rule": entry.reason}
 
 
 def _kind_rows(found: Plan) -> Iterable[dict[str, str]]:
-    """One row for entries of the same role, rule and storage."""
+    """One row for entries of the same family of roles, rule and storage."""
+    from gsq.plan.roles import ROLES, Role, together
+
     kinds: dict[tuple, list[PlanEntry]] = {}
     for entry in found.entries.values():
-        kinds.setdefault((entry.role, entry.rule, *_storage(entry).items()), []).append(entry)
-    for entries in kinds.values():
+        kinds.setdefault((Role.read(entry.role).family, entry.rule, *_storage(entry).items()), []).append(entry)
+    for _, entries in sorted(kinds.items(), key=lambda kind: [*ROLES, kind[0][0]].index(kind[0][0])):
+        (role,) = together(Role.read(entry.role) for entry in entries)
         yield {
-            "role": entries[0].role,
+            "role": str(role),
             **_storage(entries[0]),
             "tensors": str(len(entries)),
             "weights": units.count(sum(entry.numel for entry in entries)),

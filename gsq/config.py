@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,17 +19,31 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveFloat,
+    PrivateAttr,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
 )
 
 from gsq.errors import UserError
+from gsq.plan.presets import PRESETS
+from gsq.plan.roles import ROLES, Role
 
 FREE = {"free": True}  # json_schema_extra of settings that a resumed run may change
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-WIDTHS = {"integer": range(2, 9), "lloyd": range(2, 5), "tq": range(2, 5), "jangtq": range(2, 5)}  # bits by codebook
+Listed = Annotated[  # one thing, or a list of them
+    tuple[str, ...], BeforeValidator(lambda v: [str(part) for part in (v if isinstance(v, list | tuple) else [v])])
+]
+WIDTHS = {  # bits by codebook
+    "integer": range(2, 9),
+    "affine": (2, 3, 4, 5, 6, 8),
+    "lloyd": range(2, 5),
+    "tq": range(2, 5),
+    "jangtq": range(2, 5),
+}
+MEASURED = ("kurtosis", "sensitivity")  # what a rule may leave its bits to
+LAYERS = re.compile(r"(?P<end>first|last) (?P<count>[1-9]\d*)|(?P<from>\d+)(-(?P<to>\d+))?")
 
 
 class Section(BaseModel):
@@ -57,40 +72,76 @@ class Calib(Section):
 
 
 class Rule(Section):
-    """Tensors whose name matches `match` (a regular expression, searched) are quantized, or kept."""
+    """Tensors that meet all conditions given are quantized, or kept.
 
-    match: str
+    Conditions: one of these roles, one of these layers, a name that matches (a regular expression, searched).
+    """
+
+    role: Listed | None = None
+    layers: Listed | None = None
+    match: str | None = None
     keep: bool = False
-    bits: Literal[2, 3, 4, 5, 6, 7, 8, "kurtosis"] | None = None
+    bits: Literal[2, 3, 4, 5, 6, 7, 8, "kurtosis", "sensitivity"] | None = None
     ternary: bool = False
-    codebook: Literal["integer", "lloyd", "tq", "jangtq"] = "integer"
+    codebook: Literal["integer", "affine", "lloyd", "tq", "jangtq"] = "integer"
     group_size: Positive = 128
+    _preset: str | None = PrivateAttr(None)
 
     def model_post_init(self, context: Any) -> None:
-        """A rule says exactly one thing."""
+        """A rule holds somewhere, and says exactly one thing."""
+        if not (self.role or self.layers or self.match is not None):
+            raise ValueError("a rule needs role, layers or match, to say what it is for")
+        for text in self.role or ():
+            if not Role.read(text).known:
+                raise ValueError(_unknown_role(text))
+        for text in self.layers or ():
+            _check_layers(text)
         try:
-            re.compile(self.match)
+            re.compile(self.match or "")
         except re.error as error:
             raise ValueError(f"{self.match!r} is no regular expression: {error}") from None
         if self.keep + self.ternary + (self.bits is not None) != 1:
-            raise ValueError("a rule needs exactly one of: keep: true, bits: N, ternary: true; N may be kurtosis")
-        if self.codebook != "integer" and self.bits not in (*self.widths, "kurtosis"):
-            raise ValueError(f"codebook {self.codebook} needs bits: {', '.join(map(str, self.widths))} or kurtosis")
+            raise ValueError(
+                "a rule needs exactly one of: keep: true, bits: N, ternary: true; N may be kurtosis or sensitivity"
+            )
+        if self.codebook != "integer" and self.bits not in (*self.widths, *MEASURED):
+            words = ", ".join(map(str, [*self.widths, *MEASURED]))
+            raise ValueError(f"codebook {self.codebook} needs bits: one of {words}")
         if self.codebook == "jangtq" and "group_size" in self.model_fields_set:
             raise ValueError("codebook jangtq has one norm per row, so it takes no group_size; remove it")
 
     @model_serializer(mode="wrap")
     def _readable(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A rule that can be read back: without the default that its codebook does not take."""
-        fields = serialize(self)
+        """A rule that can be read back: without what is not given, and the default that its codebook does not take."""
+        fields = {key: value for key, value in serialize(self).items() if value is not None}
         if self.codebook == "jangtq":
             del fields["group_size"]
         return fields
 
     @property
-    def widths(self) -> range:
+    def widths(self) -> Collection[int]:
         """Bits that the codebook can have."""
         return WIDTHS[self.codebook]
+
+    @property
+    def roles(self) -> list[Role]:
+        """The roles that it is for, if it names any."""
+        return [Role.read(text) for text in self.role or ()]
+
+    @property
+    def preset(self) -> str | None:
+        """The preset that it comes from."""
+        return self._preset
+
+    @property
+    def outcome(self) -> tuple | None:
+        """What it makes of a tensor; None: keeps it."""
+        return None if self.keep else (self.bits, self.ternary, self.codebook, self.group_size)
+
+    def __str__(self) -> str:
+        layers = self.layers and f"layers {', '.join(self.layers)}"
+        conditions = " · ".join(filter(None, [", ".join(self.role or ()), layers, self.match]))
+        return f"{self.preset}: {conditions}" if self.preset else conditions
 
 
 class Kurtosis(Section):
@@ -116,11 +167,45 @@ class Kurtosis(Section):
         return {3: self.three_bits, 4: self.four_bits, 5: self.five_bits}
 
 
+class Sensitivity(Section):
+    """What `bits: sensitivity` chooses from, and how it is measured; the text is that of `calib.source`."""
+
+    widths: list[Positive] = Field(
+        [2, 3, 4, 5, 6, 8], min_length=1, description="bits to choose from, where codebook and format have them"
+    )
+    windows: Positive = Field(8, description="windows of text to measure the model's KL on")
+    length: int = Field(256, ge=2, description="tokens of a window")
+
+
 class Plan(Section):
     """Which tensors are quantized, and how: the first rule that matches a tensor decides; others are kept."""
 
-    rules: Annotated[list[Rule], Field(min_length=1)]
+    preset: str | None = Field(None, description="published rules, which follow those of `plan.rules`")
+    rules: list[Rule] = []
     kurtosis: Kurtosis = Kurtosis()
+    sensitivity: Sensitivity = Sensitivity()
+    target_bpw: float | None = Field(None, gt=0, description="bits per quantized weight that `bits: sensitivity` meets")
+    target_size: float | None = Field(None, gt=0, description="the same as the model's size on disk, in GB (1e9 bytes)")
+
+    def model_post_init(self, context: Any) -> None:
+        """There is something to do."""
+        if self.preset is not None and self.preset not in PRESETS:
+            near = difflib.get_close_matches(self.preset, PRESETS, n=1)
+            advice = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"unknown preset {self.preset!r}; {advice}presets are {', '.join(PRESETS)}")
+        if not self.all_rules:
+            raise ValueError("nothing says what to quantize; give rules, or a preset")
+        targets = (self.target_bpw is not None) + (self.target_size is not None)
+        if targets != any(rule.bits == "sensitivity" for rule in self.rules):
+            raise ValueError("bits: sensitivity in a rule goes with one of target_bpw and target_size")
+
+    @property
+    def all_rules(self) -> list[Rule]:
+        """Its rules, then those of its preset."""
+        preset = [Rule(**fields) for fields in PRESETS.get(self.preset, ())]
+        for rule in preset:
+            rule._preset = self.preset
+        return self.rules + preset
 
 
 class Init(Section):
@@ -170,7 +255,7 @@ class Refine(Section):
 class Export(Section):
     """What is written when all layers are done."""
 
-    format: Literal["humming", "tq", "jangtq"] | None = Field(
+    format: Literal["humming", "tq", "jangtq", "mlx", "compressed-tensors", "compressed-tensors-wide"] | None = Field(
         "humming", description="null: none", json_schema_extra=FREE
     )
     out: str | None = Field(None, description="default: `export` in the run folder", json_schema_extra=FREE)
@@ -253,6 +338,20 @@ def parse_config(content: dict, origin: str = "config") -> Config:
     except ValidationError as error:
         lines = [_explain(detail) for detail in error.errors()]
         raise UserError(f"{origin}: " + "; ".join(lines)) from None
+
+
+def _unknown_role(text: str) -> str:
+    names = [*ROLES, *(f"{family} {part}" for family, parts in ROLES.items() for part in parts)]
+    near = difflib.get_close_matches(text, names, n=1)
+    advice = f"did you mean {near[0]!r}? " if near else ""
+    listed = ", ".join(f"{family} ({' '.join(parts)})" if parts else family for family, parts in ROLES.items())
+    return f"unknown role {text!r}; {advice}roles, with their parts, are {listed}"
+
+
+def _check_layers(text: str) -> None:
+    found = LAYERS.fullmatch(text)
+    if not found or (found["to"] and int(found["from"]) > int(found["to"])):
+        raise ValueError(f"{text!r} names no layers; write `first 2`, `last 2`, `3-10`, or a number (the first is 0)")
 
 
 def _override(content: dict, override: str) -> None:

@@ -283,6 +283,38 @@ def losses(run: Run) -> str | None:
     return _section("Loss curves", note, _svg(figure, "losses"))
 
 
+def plan_curve(run: Run) -> str | None:
+    """What other sizes would have cost, if the plan was solved for its size."""
+    curve = run.last("curve")
+    if not curve:
+        return None
+    note = (
+        "KL of the model as predicted from each tensor alone, for the best widths at every size; "
+        "what refinement takes off is not in it."
+    )
+    return _section("The plan among others", note, _svg(_curve_figure(curve), "curve"))
+
+
+def write_curve(curve: dict, path: Path) -> None:
+    """A `gsq.plan.curve.Curve`, as a dict, drawn to a file; its suffix decides how."""
+    with matplotlib.rc_context(FIGURE_STYLE):
+        _curve_figure(curve).savefig(path, dpi=150)
+
+
+def _curve_figure(curve: dict) -> Figure:
+    figure, [axes] = _figure(3.4)
+    axes.plot(*zip(*curve["solved"], strict=True), color="#009e73", label="best widths")
+    for name, point in curve["others"].items():
+        axes.plot(*point, marker="^", color="#d55e00", linestyle="")
+        axes.annotate(name, point, xytext=(5, 3), textcoords="offset points")
+    axes.plot(*curve["chosen"], marker="o", color="#009e73", linestyle="", label="this plan")
+    axes.set_xlabel("bits per weight")
+    axes.set_ylabel("predicted KL, nats per token")
+    _log_axis(axes)
+    _legend(axes)
+    return figure
+
+
 def sizes(run: Run) -> str | None:
     """Weights, bits and bytes by role and format."""
     if not run.plan:
@@ -368,7 +400,7 @@ def config(run: Run) -> str | None:
 
 
 SECTIONS: tuple[Callable[[Run], str | None], ...] = (
-    header, results, errors, refinement, losses, sizes, coverage, seconds, config,
+    header, results, errors, refinement, losses, plan_curve, sizes, coverage, seconds, config,
 )  # fmt: skip
 
 

@@ -4,7 +4,8 @@
     plan.json             what becomes of each tensor
     source.json           where the weights come from, and a fingerprint of them
     tokens.safetensors    calibration tokens
-    layers/00007.safetensors   packed codes and scales of a finished decoder layer
+    layers/00007.safetensors   packed codes, scales and offsets of a finished decoder layer
+    layers/outside.safetensors   those of embedding and head, if they are quantized
     journal.jsonl         one line per finished layer, with the checksum of its file
     metrics.jsonl         everything measured (`gsq.tracking`)
 
@@ -18,6 +19,7 @@ import hashlib
 import json
 import os
 from functools import cached_property
+from itertools import chain, count
 from pathlib import Path
 
 import yaml
@@ -32,7 +34,7 @@ from gsq.errors import UserError
 from gsq.files import explained, save_tensors, sync, write_whole
 from gsq.kernels.packing import WORD, pack_dense, unpack_dense
 from gsq.model.checkpoint import Checkpoint, fingerprint, read_json
-from gsq.plan.rules import Plan
+from gsq.plan.rules import Plan, PlanEntry
 
 CONFIG, PLAN, SOURCE, TOKENS, JOURNAL, LAYERS, EXPORT = (
     "config.yaml", "plan.json", "source.json", "tokens.safetensors", "journal.jsonl", "layers", "export",
@@ -99,22 +101,16 @@ class Run:
 
     def finished(self) -> list[dict]:
         """Journal lines of the finished layers 0, 1, ... in order."""
-        lines = []
-        for text in (self.folder / JOURNAL).read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:  # cut off by a kill
-                break
-            path = self._layer_file(len(lines))
-            if line["layer"] != len(lines) or not path.exists() or _checksum(path) != line["sha256"]:
-                break
-            lines.append(line)
-        return lines
+        return [line for line in self._lines() if line["layer"] is not None]
+
+    def outside_finished(self) -> bool:
+        """Whether the targets outside the decoder layers are done, if there are any."""
+        return not self._outside() or any(line["layer"] is None for line in self._lines())
 
     def completed(self) -> Run:
         """This run, if every layer is there and whole; else raises `UserError`."""
         finished = len(self.finished())
-        if any(entry.layer >= finished for entry in self.plan.targets()):
+        if not self.outside_finished() or any(entry.layer >= finished for entry in self._inside()):
             raise UserError(
                 f"layer {finished} of {self.folder} is not finished, or its file is damaged; "
                 "continue the run with --resume"
@@ -123,23 +119,27 @@ class Run:
 
     def bytes_from(self, layer: int) -> int:
         """Bytes on disk that the layers from this one on will take, and the export, if it is to go into this folder."""
-        layers = sum(entry.bytes_after for entry in self.plan.targets() if entry.layer >= layer)
+        outside = 0 if self.outside_finished() else sum(entry.bytes_after for entry in self._outside())
+        layers = outside + sum(entry.bytes_after for entry in self._inside() if entry.layer >= layer)
         export = self.config.export
         inside = export.format and not export.out and not (self.folder / EXPORT).exists()
         return layers + (self.plan.summary()["bytes_after"] if inside else 0)
 
-    def save_layer(self, layer: int, quantized: dict[str, QuantizedTensor], **facts: object) -> None:
-        """Write a finished layer, then its journal line."""
+    def save_layer(self, layer: int | None, quantized: dict[str, QuantizedTensor], **facts: object) -> None:
+        """Write a finished layer, or (None) what is outside of all, then its journal line."""
         tensors: dict[str, Tensor] = {}
         for name, q in quantized.items():
             padding = -q.codes.shape[-1] % WORD
             tensors[name + ".codes"] = pack_dense(pad(q.codes, (0, padding)), q.codebook.bits).cpu()
             tensors[name + ".scales"] = q.scales.cpu().contiguous()
+            if q.offsets is not None:
+                tensors[name + ".offsets"] = q.offsets.cpu().contiguous()
         path = self._layer_file(layer)
-        write_whole(path, lambda partial: save_tensors(tensors, partial), self.bytes_from(layer))
+        space = self.bytes_from(layer or 0)
+        write_whole(path, lambda partial: save_tensors(tensors, partial), space)
         line = {"layer": layer, "sha256": _checksum(path), "targets": list(quantized), **facts}
         journal_file = self.folder / JOURNAL
-        with explained(journal_file, self.bytes_from(layer)), open(journal_file, "a") as journal:
+        with explained(journal_file, space), open(journal_file, "a") as journal:
             journal.write(json.dumps(line) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
@@ -153,22 +153,44 @@ class Run:
         with safe_open(path, framework="pt") as layer:
             codes = unpack_dense(layer.get_tensor(name + ".codes"), entry.codebook.bits)
             codes = codes[..., : entry.codebook.columns(entry.shape[-1])].contiguous()
-            return QuantizedTensor(codes, layer.get_tensor(name + ".scales"), entry.codebook)
+            offsets = layer.get_tensor(name + ".offsets") if entry.codebook.offset else None
+            return QuantizedTensor(codes, layer.get_tensor(name + ".scales"), entry.codebook, offsets)
 
-    def load_layer(self, layer: int) -> dict[str, QuantizedTensor]:
-        """All targets of a finished layer."""
-        return {entry.name: self.load(entry.name) for entry in self.plan.targets(layer)}
+    def load_layer(self, layer: int | None) -> dict[str, QuantizedTensor]:
+        """All targets of a finished layer, or (None) those outside of all."""
+        return {entry.name: self.load(entry.name) for entry in self.plan.targets() if entry.layer == layer}
 
     def tokens(self) -> Tensor:
         """Calibration tokens `[windows, length]`."""
         return load_file(self.folder / TOKENS)["tokens"]
 
-    def _layer_file(self, layer: int) -> Path:
-        return self.folder / LAYERS / f"{layer:05d}.safetensors"
+    def _inside(self) -> list[PlanEntry]:
+        return [entry for entry in self.plan.targets() if entry.layer is not None]
+
+    def _outside(self) -> list[PlanEntry]:
+        return [entry for entry in self.plan.targets() if entry.layer is None]
+
+    def _layer_file(self, layer: int | None) -> Path:
+        return self.folder / LAYERS / ("outside.safetensors" if layer is None else f"{layer:05d}.safetensors")
+
+    def _lines(self) -> list[dict]:
+        """Lines of the journal, in order, up to the first that is incomplete or whose file is not whole."""
+        lines = []
+        order = chain([None] if self._outside() else [], count())
+        for text, layer in zip((self.folder / JOURNAL).read_text().splitlines(), order, strict=False):
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:  # cut off by a kill
+                break
+            path = self._layer_file(layer)
+            if line["layer"] != layer or not path.exists() or _checksum(path) != line["sha256"]:
+                break
+            lines.append(line)
+        return lines
 
     def _cut_journal(self) -> None:
         """Forget lines behind the last finished layer, so that new ones follow it."""
-        text = "".join(json.dumps(line) + "\n" for line in self.finished())
+        text = "".join(json.dumps(line) + "\n" for line in self._lines())
         write_whole(self.folder / JOURNAL, lambda partial: partial.write_text(text), len(text))
 
 

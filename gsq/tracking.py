@@ -4,7 +4,7 @@ The training loop says `tracker.event(kind, **fields)` and knows no more than th
 JSON line of the run's folder, from which the report is made; W&B and the console show the same events.
 Kinds that W&B or the console do not know are only written. Nothing here computes anything about a model.
 
-Events: `plan`, `step`, `stage`, `target`, `coverage`, `layer`, `eval`, `done`; the tracker itself adds
+Events: `plan`, `curve`, `step`, `stage`, `target`, `coverage`, `layer`, `eval`, `done`; the tracker itself adds
 `start` (versions) whenever a run starts or goes on. Events of a decoder layer carry its index as `layer`.
 """
 

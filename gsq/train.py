@@ -29,19 +29,19 @@ import torch
 from torch import Tensor
 
 from gsq.calib.stream import Stream
-from gsq.calib.tokens import calibration_tokens
+from gsq.codebook import QuantizedTensor
 from gsq.config import Config
+from gsq.convert import without_calibration
 from gsq.device import activation_dtype, keep_freed_memory, peak_memory, pick_device
 from gsq.errors import UserError
 from gsq.eval.quality import eval_tokens, evaluate
-from gsq.export.base import check_plan, export_run, format_of, open_model
+from gsq.export.base import export_run, open_model
 from gsq.export.verify import verify
 from gsq.files import check_space
-from gsq.model.checkpoint import Checkpoint
-from gsq.model.resolve import load_tokenizer, resolve_model
+from gsq.model.checkpoint import sound
+from gsq.model.resolve import load_tokenizer
 from gsq.model.skeleton import Skeleton
-from gsq.plan.kurtosis import measured
-from gsq.plan.rules import Plan, candidates, make_plan
+from gsq.prepare import Progress, check_export, curve, opened, plan_of, run_folder, tokens_for
 from gsq.quantize import LayerWork, Recipe, quantized_layer
 from gsq.refine.loop import Schedule
 from gsq.report import write_report
@@ -54,10 +54,12 @@ def train(
     folder: Path | None = None,
     resume: bool = False,
     started: Callable[[Run, int], None] = lambda run, finished: None,
+    progress: Progress = lambda done, layers: None,
 ) -> Run:
     """Quantize as `config` says, into run folder `folder` (default: the config's); returns the finished run.
 
-    `started` is told of the run and its number of finished layers when all that can be checked was checked.
+    `started` is told of the run and its number of finished layers when all that can be checked was checked;
+    `progress(done, layers)` of what is measured before that, if the plan asks for it.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a run is one process as yet; start it with `accelerate launch --num_processes 1`")
@@ -66,38 +68,34 @@ def train(
     device = pick_device()
     dtype = str(activation_dtype(device, config.dtype)).removeprefix("torch.")
     config = config.model_copy(update={"dtype": dtype})  # the run remembers what `auto` was
-    skeleton, plan = prepare(config, device)
+    skeleton = opened(config, device)
     eval_windows(config, skeleton.checkpoint.folder)
     if resume and folder.exists():
         run = Run.resume(folder, config, skeleton.checkpoint)
+        check_export(config, run.source, run.plan)  # the format may be another one
     else:
-        run = start(folder, config, skeleton, plan)
+        run = start(folder, config, skeleton, progress)
     finished = len(run.finished())  # asked once: it reads every finished layer
     check_space(folder, run.bytes_from(finished))
     started(run, finished)
     with tracker_for(run, finished) as tracker:
         if not finished:
-            tracker.event("plan", layers=skeleton.num_layers, **plan.summary())
+            tracker.event("plan", layers=skeleton.num_layers, **run.plan.summary())
+            if found := curve(config, skeleton, run.plan):
+                tracker.event("curve", **found.to_dict())
         if finished < skeleton.num_layers:
             walk(run, skeleton, finished, tracker.event)
         finish(run, tracker.event)
     return run
 
 
-def start(folder: Path, config: Config, skeleton: Skeleton, plan: Plan) -> Run:
-    """A new run, with its calibration tokens, once nothing is in its way."""
+def start(folder: Path, config: Config, skeleton: Skeleton, progress: Progress) -> Run:
+    """A new run, with its plan and calibration tokens, once nothing is in its way."""
     Run.refuse_existing(folder)
     if config.export.format and (target := export_folder(folder, config)).exists():
         raise UserError(f"export folder {target} exists already; set export.out to another, or remove it")
-    source = skeleton.checkpoint
+    source, plan = skeleton.checkpoint, plan_of(config, skeleton, progress=progress)
     return Run.create(folder, config, plan, source, tokens_for(config, source.folder, skeleton.device))
-
-
-def tokens_for(config: Config, folder: Path, device: torch.device) -> Tensor:
-    """Calibration tokens `[windows, length]` that `config` asks for, of the model in `folder`."""
-    calib = config.calib
-    dtype = activation_dtype(device, config.dtype)
-    return calibration_tokens(calib.source, folder, calib.windows, calib.length, config.seed, device, dtype)
 
 
 def finish(run: Run, event: Callable[..., None]) -> None:
@@ -138,45 +136,16 @@ def tracker_for(run: Run, finished: int) -> Tracker:
     )  # fmt: skip
 
 
-def run_folder(config: Config) -> Path:
-    """The run folder that a config names."""
-    return Path(config.run or "runs/gsq")
-
-
-def prepare(config: Config, device: torch.device, scan: bool = False) -> tuple[Skeleton, Plan]:
-    """Everything that can be checked before work starts: the checkpoint's headers, its architecture, the plan.
-
-    Reads weights only if a rule needs their kurtosis, or if `scan` asks for that of all that can be quantized.
-    """
-    source = Checkpoint.open(resolve_model(config.model.name))
-    if method := format_of(source):
-        raise UserError(f"{source.folder} is quantized already ({method}); give the original checkpoint")
-    skeleton = Skeleton(source, device, activation_dtype(device, config.dtype), config.model.max_layers)
-    plan = make_plan(skeleton, config.plan.rules, kurtosis(config, skeleton, scan), config.plan.kurtosis.limits())
-    if config.export.format:
-        check_plan(config.export.format, source, plan.entries)
-    return skeleton, plan
-
-
-def kurtosis(config: Config, skeleton: Skeleton, everything: bool = False) -> dict[str, float]:
-    """Kurtosis by parameter of what the rules ask it of, or of `everything` that can be quantized.
-
-    Remembered beside the run folder that the config names, so that one command finds what another measured.
-    """
-    rules, folder = config.plan.rules, run_folder(config)
-    wanted = candidates(skeleton, None if everything else rules)
-    if not wanted:
-        return {}
-    make_plan(skeleton, rules, dict.fromkeys(wanted, 0.0))  # a rule that cannot hold is found before a long read
-    return measured(skeleton.checkpoint, wanted, folder.with_name(folder.name + ".kurtosis.json"))
-
-
 def walk(run: Run, skeleton: Skeleton, finished: int, event: Callable[..., None]) -> None:
     """Quantize the layers behind the `finished` ones, in order."""
     config, plan = run.config, run.plan
     recipe = make_recipe(config)
+    originals = Stream(skeleton, run.tokens(), config.calib.batch) if recipe.needs_original else None
+    if not run.outside_finished():
+        run.save_layer(None, round_outside(run))
+    for name, quantized in run.load_layer(None).items():
+        skeleton.replace(name, quantized.dequantize())
     stream = Stream(skeleton, run.tokens(), config.calib.batch)
-    originals = stream.copy() if recipe.needs_original else None
     for index in range(skeleton.num_layers):
         start, cpu_start = time.perf_counter(), time.process_time()
         layer = skeleton.load_layer(index)
@@ -204,6 +173,17 @@ def walk(run: Run, skeleton: Skeleton, finished: int, event: Callable[..., None]
                 "layer", layer=index, layers=skeleton.num_layers, seconds=seconds, peak_rss_gb=host,
                 device_gb=on_device, output_error=_distance(stream, originals),
             )  # fmt: skip
+
+
+def round_outside(run: Run) -> dict[str, QuantizedTensor]:
+    """Embedding and head, if the plan quantizes them, rounded to nearest."""
+    rounded = {}
+    for entry in run.plan.targets():
+        if entry.layer is None:
+            source = entry.sources[0]
+            parts = (without_calibration(sound(source, w), entry.codebook) for w in run.source.parts(source))
+            rounded[entry.name] = QuantizedTensor.stacked(list(parts))
+    return rounded
 
 
 def make_recipe(config: Config) -> Recipe:

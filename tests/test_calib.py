@@ -10,13 +10,14 @@ import datasets
 import models
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gsq.calib import tokens as calib_tokens
 from gsq.calib.observe import ObserveLinears, shared_inputs
 from gsq.calib.stream import Calls, Stream
-from gsq.calib.tokens import calibration_tokens
+from gsq.calib.tokens import calibration_tokens, stored_tokens
 from gsq.errors import UserError
 from gsq.model.checkpoint import Checkpoint
 from gsq.model.skeleton import Skeleton
@@ -367,8 +368,6 @@ def test_text_from_the_model_itself(folder: Path, monkeypatch):
 
 def test_the_model_writes_what_it_finds_likely(tmp_path: Path):
     """With a head that always says the same, it says the same: sampling goes through the model."""
-    from safetensors.torch import load_file, save_file
-
     folder = models.tiny_llama(tmp_path / "model", tied=False)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][:] = 0
@@ -450,3 +449,12 @@ def test_hub_datasets_without_text(hub: SimpleNamespace, folder: Path):
     hub.rows[:] = [{"label": 3}]
     with pytest.raises(UserError, match=r"'someone/texts'.*its rows have none of text, content"):
         read_tokens("someone/texts", folder)
+
+
+def test_another_runs_tokens_serve_if_they_are_enough(tmp_path: Path):
+    tokens = torch.arange(60).view(6, 10)
+    save_file({"tokens": tokens}, tmp_path / "tokens.safetensors")
+    found = stored_tokens(tmp_path / "tokens.safetensors", 2, 4)
+    assert torch.equal(found, tokens[:2, :4])
+    with pytest.raises(UserError, match=r"holds 6 windows of 10 tokens, not 7 of 10; lower calib\.windows"):
+        stored_tokens(tmp_path / "tokens.safetensors", 7, 10)

@@ -44,7 +44,12 @@ def test_every_published_recipe_loads(path: Path):
         (MINIMAL | {"calib": [1]}, "calib: Input should be a valid dictionary"),
         (MINIMAL | {"init": {"method": "magic"}}, "init.method: Input should be 'gptq' or 'rtn'"),
         ({"model": {"name": "m"}}, "plan: Field required"),
-        ({"model": {"name": "m"}, "plan": {"rules": []}}, "plan.rules: .* at least 1 item"),
+        (
+            {"model": {"name": "m"}, "plan": {"rules": []}},
+            "plan: nothing says what to quantize; give rules, or a preset",
+        ),
+        (MINIMAL | {"plan": {"preset": "gsq3"}}, "plan: unknown preset 'gsq3'; did you mean 'gsq2'"),
+        (MINIMAL | {"plan": {"preset": "none"}}, "plan: unknown preset 'none'; presets are gsq2, config-i, apex2"),
         (MINIMAL | {"calib": {"windows": 8, "validation": 8}}, r"calib.validation \(8\) must be below calib.windows"),
     ],
 )
@@ -62,6 +67,13 @@ def test_mistakes_are_named(content: dict, message: str):
         ({"bits": 9}, "plan.rules.0.bits: Input should be 2, 3"),
         ({"bits": 2, "match": "("}, r"'\(' is no regular expression"),
         ({"bits": 2, "group_size": 0}, "greater than 0"),
+        ({"bits": 2, "match": None}, "a rule needs role, layers or match"),
+        ({"bits": 2, "role": "atention q"}, "unknown role 'atention q'; did you mean 'attention q'"),
+        ({"bits": 2, "role": ["mlp", "mlp left"]}, r"unknown role 'mlp left'; .*mlp \(gate up down\), .*router"),
+        ({"bits": 2, "layers": "5-3"}, "'5-3' names no layers; write `first 2`"),
+        ({"bits": 2, "layers": [0, "first 0"]}, "'first 0' names no layers"),
+        ({"bits": 2, "layers": -1}, "'-1' names no layers"),
+        ({"bits": 7, "codebook": "affine"}, "codebook affine needs bits: one of 2, 3, 4, 5, 6, 8, kurtosis"),
     ],
 )
 def test_rules(rule: dict, message: str):
@@ -127,6 +139,15 @@ def test_a_rule_without_groups_is_read_back(recipe: Path):
     config = load_config(recipe, ["plan.rules=[{match: a, bits: 2, codebook: jangtq}]"])
     again = parse_config(yaml.safe_load(config.to_yaml()))
     assert again.fixed() == config.fixed()
+
+
+def test_roles_layers_and_a_preset_are_read_back(recipe: Path):
+    rule = "{role: [mlp down, head], layers: [0, first 2], bits: 3, codebook: affine}"
+    config = load_config(recipe, [f"plan.rules=[{rule}]", "plan.preset=gsq2"])
+    again = parse_config(yaml.safe_load(config.to_yaml()))
+    assert again == config
+    assert [str(rule) for rule in again.plan.all_rules] == ["mlp down, head · layers 0, first 2", "gsq2: expert"]
+    assert {"plan.rules", "plan.preset"} <= again.fixed().keys()
 
 
 def test_fixed_settings_are_those_that_change_the_layers(recipe: Path):

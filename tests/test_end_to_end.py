@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from gsq.calib.stream import Stream
 from gsq.config import Config, parse_config
+from gsq.export.base import open_model
 from gsq.export.dequantize import dequantize
 from gsq.export.verify import verify
 from gsq.model.checkpoint import SINGLE, Checkpoint
@@ -303,3 +305,63 @@ def test_ternary_four_bits_and_kept_targets(tmp_path: Path, text: Path, sources)
         assert done.run.load(full).codes.max() < count
     errors = {e["target"]: e for e in read_metrics(done.run.folder) if e["kind"] == "target" and e["layer"] == 0}
     assert errors["mlp.down_proj.weight"]["polish"] < errors["mlp.gate_proj.weight"]["polish"]  # 4 bits, and ternary
+
+
+def test_embedding_and_offsets_go_all_the_way(text: Path, tmp_path: Path):
+    """To an MLX export; and a run that loses everything but its first layer comes to the same bits."""
+    source = models.tiny_llama(tmp_path / "model", layers=2)
+    affine = {"codebook": "affine", "group_size": 32}
+    rules = [{"role": "embedding", "bits": 8, **affine}, {"role": ["attention", "mlp"], "bits": 3, **affine}]
+    config = config_of(source, text, plan={"rules": rules}, export={"format": "mlx"})
+    run = train(config, tmp_path / "run")
+    embedding = run.load("model.embed_tokens.weight")
+    assert embedding.codebook.bits == 8
+    dense = open_model(tmp_path / "run/export")
+    assert torch.equal(dense.read("model.embed_tokens.weight"), embedding.dequantize(torch.bfloat16))
+    error = (embedding.dequantize() - run.source.read("model.embed_tokens.weight").float()).abs()
+    assert error.max() < 0.03 * run.source.read("model.embed_tokens.weight").abs().max()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run/layers").iterdir()}
+    assert set(before) == {"outside.safetensors", "00000.safetensors", "00001.safetensors"}
+    for lost, kept in (("00001", 1), ("outside", 0)):
+        (tmp_path / f"run/layers/{lost}.safetensors").unlink()
+        assert len(run.finished()) == kept
+        train(config, tmp_path / "run", resume=True)
+        assert {path.name: path.read_bytes() for path in (tmp_path / "run/layers").iterdir()} == before
+
+
+def test_the_stream_starts_from_the_quantized_embedding(text: Path, tmp_path: Path):
+    source = models.tiny_llama(tmp_path / "model", layers=1)
+    coarse = {"role": "embedding", "bits": 2, "group_size": 32, "codebook": "affine"}
+    fine = [{"role": "attention", "bits": 8, "group_size": 32, "codebook": "affine"}]
+    errors = []
+    for name, rules in (("fine", fine), ("coarse", [coarse, *fine])):
+        train(config_of(source, text, plan={"rules": rules}, export={"format": None}), tmp_path / name)
+        [layer] = [event for event in read_metrics(tmp_path / name) if event["kind"] == "layer"]
+        errors.append(layer["output_error"])
+    assert errors[1] > 10 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("format", "source", "rule"),
+    [
+        ("tq", "llama", {"role": ["attention", "mlp"], "codebook": "tq", "bits": 3}),
+        ("jangtq", "flagship", {"role": "expert", "codebook": "jangtq", "bits": 2}),
+        ("compressed-tensors", "flagship", {"role": ["attention", "expert"], "bits": 4, "group_size": 32}),
+        ("mlx", "flagship", {"role": ["attention", "expert"], "codebook": "affine", "bits": 2, "group_size": 32}),
+    ],
+)
+def test_a_calibrated_run_of_any_format_resumes_to_the_same_bytes(
+    format: str, source: str, rule: dict, text: Path, sources: dict[str, Path], tmp_path: Path
+):
+    rule = rule | ({"group_size": 32} if format == "tq" else {})
+    plan, run = {"rules": [rule]}, tmp_path / "run"
+    config = config_of(sources[source], text, plan=plan, model={"max_layers": None}, export={"format": format})
+    train(config, run)  # which verifies its export
+    files = {path.name: path.read_bytes() for path in (run / "export").iterdir()}
+    shutil.rmtree(run / "export")
+    sorted((run / "layers").iterdir())[-1].unlink()
+    train(config, run, resume=True)
+    assert {path.name: path.read_bytes() for path in (run / "export").iterdir()} == files
+    stages = [event for event in read_metrics(run) if event["kind"] == "stage"]
+    assert stages
+    assert all(stage["error_final"] <= stage["error_init"] for stage in stages)

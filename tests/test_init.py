@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import gsq.init.polish as init_polish
 from gsq.calib import hessian as hessian_module
 from gsq.calib.hessian import Moments, answer_original
 from gsq.codebook import Codebook, QuantizedTensor
@@ -399,6 +400,15 @@ def test_more_rounds_are_better_and_none_changes_nothing():
     assert polish(weights, start, hessian, rounds=0) is start
     errors = [relative_error(weights, polish(weights, start, hessian, rounds), hessian) for rounds in (0, 1, 4)]
     assert errors[0] > errors[1] > errors[2]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_many_systems_are_solved_some_rows_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch):
+    weights, start, hessian = problem(SMALL[name])
+    at_once = refit_scales(weights, start, hessian)
+    monkeypatch.setattr(init_polish, "SYSTEMS", 2 * start.scales.shape[-1] ** 2 * 13)  # some rows, not all alike
+    for found, expected in zip(refit_scales(weights, start, hessian).tensors, at_once.tensors, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", ["2 bits", "4 bits", "asymmetric", "affine, 2 bits", "affine, 4 bits"])

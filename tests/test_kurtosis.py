@@ -29,8 +29,9 @@ from gsq.model.checkpoint import SINGLE, Checkpoint
 from gsq.plan import kurtosis as module
 from gsq.plan.kurtosis import Moments, bits_for, kurtosis_of, measured
 from gsq.plan.rules import Plan
+from gsq.prepare import prepare
 from gsq.run import Run
-from gsq.train import prepare, train
+from gsq.train import train
 
 CPU = torch.device("cpu")
 LIMITS = Kurtosis().limits()
@@ -215,8 +216,8 @@ def test_limits_can_be_moved(tmp_path: Path):
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"bits": "kurtosys"}, "Input should be 2, 3, 4, 5, 6, 7, 8 or 'kurtosis'"),
-        ({"bits": 5, "codebook": "tq"}, "codebook tq needs bits: 2, 3, 4 or kurtosis"),
+        ({"bits": "kurtosys"}, "Input should be 2, 3, 4, 5, 6, 7, 8, 'kurtosis' or 'sensitivity'"),
+        ({"bits": 5, "codebook": "tq"}, "codebook tq needs bits: one of 2, 3, 4, kurtosis, sensitivity"),
         ({"bits": "kurtosis", "keep": True}, "exactly one of"),
     ],
 )

@@ -11,13 +11,15 @@ from runs import MemoryRun
 from safetensors.torch import load_file
 
 from gsq.codebook import Codebook
+from gsq.config import Plan as Settings
 from gsq.config import Rule, load_config
 from gsq.errors import UserError
 from gsq.export.base import export_run
 from gsq.export.inspect import inspect
 from gsq.model.checkpoint import Checkpoint
 from gsq.model.skeleton import Skeleton
-from gsq.plan.rules import Plan, candidates, make_plan, role_of
+from gsq.plan.roles import ROLES, Role
+from gsq.plan.rules import Plan, candidates, make_plan
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,8 @@ def test_what_no_rule_matches_is_kept_and_says_why(llama: Path):
         "model.layers.1.self_attn.q_proj.weight": "q_proj|embed",
         "model.layers.2.self_attn.q_proj.weight": "beyond model.max_layers",
         "model.layers.1.self_attn.k_proj.weight": "no rule matches",
-        "model.embed_tokens.weight": "not a target",
+        "model.embed_tokens.weight": "no rule has its role",
+        "model.norm.weight": "not a target",
     }
     assert {name: plan.entries[name].rule for name in reasons} == reasons
     assert [entry.layer for entry in plan.targets()] == [0, 1]
@@ -77,7 +80,7 @@ def test_a_pattern_that_matches_nothing_names_tensors_near_it(llama: Path):
         plan_of(llama, {"match": "_proj", "bits": 2}, {"match": "self_atn.q_proj", "bits": 4})
 
 
-@pytest.mark.parametrize("match", ["lm_head", "embed_tokens", "norm"])
+@pytest.mark.parametrize("match", ["lm_head", "norm"])
 def test_a_rule_cannot_quantize_what_is_no_target(llama: Path, match: str):
     with pytest.raises(UserError, match=f"'{match}' matches no tensor that can be quantized"):
         plan_of(llama, {"match": match, "bits": 4}, {"match": "_proj", "bits": 2, "group_size": 32})
@@ -86,6 +89,109 @@ def test_a_rule_cannot_quantize_what_is_no_target(llama: Path, match: str):
 def test_a_rule_behind_a_wider_one_is_refused(llama: Path):
     with pytest.raises(UserError, match="'q_proj' decides about nothing: earlier rules, such as '_proj'"):
         plan_of(llama, {"match": "_proj", "bits": 2, "group_size": 32}, {"match": "q_proj", "bits": 4})
+
+
+# Roles and layers
+
+
+def test_roles_and_layers_are_conditions_like_patterns(llama: Path):
+    plan = plan_of(
+        llama,
+        {"role": "attention q v", "layers": "first 1", "bits": 8, "group_size": 64},
+        {
+            "role": ["mlp down", "attention"],
+            "layers": [1, "last 1"],
+            "match": "down|k_proj",
+            "bits": 4,
+            "group_size": 64,
+        },
+        {"role": "mlp", "layers": "1-2", "bits": 3, "group_size": 32},
+        {"layers": "0-1", "bits": 2, "group_size": 16},
+    )
+    assert stored(plan, "layers.0.self_attn.q_proj") == stored(plan, "layers.0.self_attn.v_proj") == {"256 g64"}
+    assert stored(plan, "layers.0.self_attn.k_proj") == stored(plan, "layers.0.mlp") == {"4 g16"}
+    assert stored(plan, "layers.1.mlp.down_proj") == stored(plan, "layers.2.self_attn.k_proj") == {"16 g64"}
+    assert stored(plan, "layers.1.mlp.up_proj") == stored(plan, "layers.2.mlp.gate_proj") == {"8 g32"}
+    assert stored(plan, "layers.1.self_attn.o_proj") == {"4 g16"}
+    assert stored(plan, "layers.2.self_attn.o_proj") == {"keep"}
+    reasons = {name: plan.entries[f"model.layers.1.{name}_proj.weight"].rule for name in ("mlp.down", "self_attn.o")}
+    assert reasons == {"mlp.down": "mlp down, attention · layers 1, last 1 · down|k_proj", "self_attn.o": "layers 0-1"}
+
+
+ANY = {"match": "_proj", "bits": 2, "group_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (
+            {"role": "expert down"},
+            r"'expert down' matches no .*; what can be quantized there is attention q k v o, mlp",
+        ),
+        ({"role": "norm"}, "'norm' matches no tensor that can be quantized"),
+        (
+            {"role": "mlp", "match": "q_proj"},
+            r"'mlp · q_proj' matches no .*; nearest are model\.layers\.0\.mlp\.\w+_proj",
+        ),
+        (
+            {"role": "embedding", "layers": 0},
+            r"'embedding · layers 0' matches .* is attention q k v o, mlp gate up down$",
+        ),
+        ({"role": "head"}, "'head' matches no .*, embedding; its head is the embedding"),
+        ({"match": "embed_tokens"}, "by its name alone; for model.embed_tokens.weight add role: embedding"),
+        ({"layers": "first 4"}, "'layers first 4' is for layers beyond those of the model, which are 0 to 2"),
+        ({"layers": "last 4"}, "'layers last 4' is for layers beyond"),
+        ({"layers": [0, 3]}, "'layers 0, 3' is for layers beyond"),
+    ],
+)
+def test_rules_that_fit_nothing_say_why(rule: dict, message: str, llama: Path):
+    with pytest.raises(UserError, match=message):
+        plan_of(llama, ANY, {"bits": 4, "group_size": 32} | rule)
+
+
+def test_fused_experts_have_one_codebook(moe: Path):
+    gate, up = ({"role": f"expert {part}", "bits": 2, "group_size": 32} for part in ("gate", "up"))
+    plan = plan_of(moe, gate, up)
+    entry = plan.entries["model.layers.1.mlp.experts.gate_up_proj"]
+    assert (entry.codebook, entry.rule) == (Codebook.integer(2, 32), "expert gate and expert up")
+    with pytest.raises(
+        UserError, match=r"gate_up_proj is one tensor .*: expert gate by 'expert gate', expert up by none"
+    ):
+        plan_of(moe, gate)
+    with pytest.raises(UserError, match="expert up by 'expert up'; use one rule with role: expert gate up"):
+        plan_of(moe, gate, up | {"bits": 3})
+    assert len(plan_of(moe, gate, {"role": "expert", "bits": 2, "group_size": 32}).targets()) == 4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_are_quantized_by_role(tied: bool, tmp_path: Path):
+    folder = tiny_llama(tmp_path / "model", tied=tied)
+    outside = {"role": ["embedding", "head"], "bits": 8, "codebook": "affine", "group_size": 32}
+    plan = plan_of(folder, {"match": ".", "layers": 0, "bits": 2, "group_size": 32}, outside, max_layers=1)
+    found = {entry.name: (entry.role, entry.layer) for entry in plan.targets() if entry.layer is None}
+    assert found == {"model.embed_tokens.weight": ("embedding", None)} | (
+        {} if tied else {"lm_head.weight": ("head", None)}
+    )
+    assert {plan.entries[name].codebook for name in found} == {Codebook.affine(8, 32)}
+    assert plan.entries["model.embed_tokens.weight"].bytes_after == 128 * 64 * (8 + 32 / 32) // 8
+    assert len(plan_of(folder, outside).targets()) == len(found)
+
+
+def test_rules_without_a_role_leave_embedding_and_head_alone(tmp_path: Path):
+    folder = tiny_llama(tmp_path / "model", tied=False)
+    plan = plan_of(folder, {"match": ".", "bits": 2, "group_size": 32})
+    assert {entry.layer for entry in plan.targets()} == {0, 1}
+    kept = {"match": "lm_head", "keep": True}
+    plan = plan_of(folder, kept, {"role": ["embedding", "head"], "bits": 8, "group_size": 32})
+    assert [entry.name for entry in plan.targets()] == ["model.embed_tokens.weight"]
+    assert plan.entries["lm_head.weight"].rule == "lm_head"
+
+
+def test_rules_of_ones_own_go_before_those_of_a_preset(moe: Path):
+    own = [{"role": "expert", "bits": 4, "group_size": 32}]
+    rules = Settings(preset="gsq2", rules=own).all_rules
+    plan = make_plan(Skeleton(Checkpoint.open(moe), torch.device("cpu"), torch.float32), rules)
+    assert {entry.rule for entry in plan.targets()} == {"expert"}
 
 
 def test_a_rule_that_keeps_need_not_match(llama: Path):
@@ -134,39 +240,18 @@ def test_bytes_are_those_of_the_export(model: str, tmp_path: Path, request: pyte
 def test_fused_experts_stored_one_by_one_are_one_entry(moe: Path):
     plan = plan_of(moe, {"match": "experts.gate_up_proj", "bits": 2, "group_size": 32})
     entry = plan.entries["model.layers.0.mlp.experts.gate_up_proj"]
-    assert (entry.shape, len(entry.sources), entry.role) == ((4, 128, 64), 8, "routed experts")
+    assert (entry.shape, len(entry.sources), entry.role) == ((4, 128, 64), 8, "expert gate up")
     assert sum(len(entry.sources) for entry in plan.entries.values()) == len(Checkpoint.open(moe).tensors)
 
 
 def test_every_tensor_has_a_role_and_is_counted_once(tmp_path: Path):
     folder = tiny_qwen3_5_moe(tmp_path / "model", layers=2)
     plan = plan_of(folder, {"match": "experts", "bits": 2, "group_size": 32})
-    assert {entry.role for entry in plan.entries.values()} == {
-        "mtp", "vision", "routed experts", "shared expert", "linear attention", "attention", "router", "head",
-        "embedding", "norm",
-    }  # fmt: skip
+    families = {Role.read(entry.role).family for entry in plan.entries.values()}
+    assert families == ROLES.keys() - {"mlp", "other"}
     named = [source for entry in plan.entries.values() for source in entry.sources]
     assert sorted(named) == sorted(Checkpoint.open(folder).tensors)
     assert plan.entries["mtp.fc.weight"].rule == "not walked"
-
-
-@pytest.mark.parametrize(
-    ("name", "role"),
-    [
-        ("model.layers.3.mlp.gate.weight", "router"),
-        ("model.layers.3.mlp.gate_proj.weight", "mlp"),
-        ("model.layers.3.mlp.experts.down_proj", "routed experts"),
-        ("model.layers.3.mlp.shared_expert_gate.weight", "shared expert"),
-        ("model.layers.3.linear_attn.A_log", "linear attention"),
-        ("model.layers.3.self_attn.q_norm.weight", "attention"),
-        ("model.visual.blocks.0.mlp.linear_fc1.weight", "vision"),
-        ("mtp.layers.0.mlp.experts.down_proj", "mtp"),
-        ("model.layers.3.input_layernorm.weight", "norm"),
-        ("something", "other"),
-    ],
-)
-def test_roles(name: str, role: str):
-    assert role_of(name) == role
 
 
 TINY = {  # the architecture of a recipe's model, in small
@@ -183,12 +268,12 @@ def test_every_rule_of_a_published_recipe_decides_about_something(path: Path, tm
     config = load_config(path)
     if config.model.name not in TINY:
         pytest.skip(f"no tiny model is like {config.model.name}")
-    rules = [rule.model_copy(update={"group_size": 32}) for rule in config.plan.rules]
-    folder = TINY[config.model.name](tmp_path / "model")
+    rules = [rule.model_copy(update={"group_size": 32}) for rule in config.plan.all_rules]
+    folder = TINY[config.model.name](tmp_path / "model", layers=5)
     skeleton = Skeleton(Checkpoint.open(folder), torch.device("cpu"), torch.float32)
     plan = make_plan(skeleton, rules, dict.fromkeys(candidates(skeleton, rules), 3.0))
-    deciding = {entry.rule for entry in plan.entries.values()}
-    assert {rule.match for rule in rules} == deciding - {"not a target", "no rule matches", "not walked"}
+    reasons = {entry.rule for entry in plan.entries.values()}
+    assert {str(rule) for rule in rules if not rule.keep} <= reasons
 
 
 def test_json_round_trip(moe: Path, tmp_path: Path):

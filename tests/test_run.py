@@ -22,13 +22,14 @@ from pathlib import Path
 import pytest
 import torch
 from models import tiny_llama
+from safetensors.torch import load_file, save_file
 
 import gsq.train
 from gsq.codebook import Codebook
 from gsq.config import Config, load_config
 from gsq.errors import UserError
 from gsq.init.rtn import round_to_nearest
-from gsq.model.checkpoint import Checkpoint
+from gsq.model.checkpoint import SINGLE, Checkpoint
 from gsq.plan.rules import Plan, PlanEntry
 from gsq.run import JOURNAL, LAYERS, Run
 
@@ -213,6 +214,18 @@ def test_layers_may_be_kept(recipe: Path, tmp_path: Path):
     assert [len(line["targets"]) for line in journal(tmp_path / "run")] == [0, 7]
 
 
+def test_a_damaged_head_is_refused(recipe: Path, tmp_path: Path):
+    """Which the walk itself does not read."""
+    file = tiny_llama(tmp_path / "model", tied=False) / SINGLE
+    tensors = load_file(file)
+    tensors["lm_head.weight"][3, 5] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    rules = "plan.rules=[{role: head, bits: 8, codebook: affine, group_size: 32}]"
+    config = load_config(recipe, [rules, f"model.name={file.parent}", "export.format=mlx"])
+    with pytest.raises(UserError, match=r"lm_head\.weight holds NaN or Inf"):
+        gsq.train.train(config, tmp_path / "run")
+
+
 def test_an_existing_folder_is_refused(config: Config, run: Path, tmp_path: Path):
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match="exists already; continue it with --resume, or choose another with --out"):
@@ -230,7 +243,11 @@ def test_another_model_is_refused(recipe: Path, config: Config, finished: Path, 
         Run.resume(finished, Run.open(finished).config, Checkpoint.open(other))
 
 
-@pytest.mark.parametrize("codebook", [Codebook.tq(3, 8, 70), Codebook.jangtq(2, 40), Codebook.integer(5, 8)], ids=str)
+@pytest.mark.parametrize(
+    "codebook",
+    [Codebook.tq(3, 8, 70), Codebook.jangtq(2, 40), Codebook.integer(5, 8), Codebook.affine(3, 8)],
+    ids=["tq", "jangtq", "integer", "affine"],
+)
 def test_a_layer_of_any_width_comes_back(codebook: Codebook, config: Config, tmp_path: Path):
     width = codebook.rotation.width if codebook.rotation else 40
     quantized = round_to_nearest(codebook.rotate(torch.randn(3, 6, width)), codebook)
@@ -241,6 +258,10 @@ def test_a_layer_of_any_width_comes_back(codebook: Codebook, config: Config, tmp
     back = run.load("experts")
     assert torch.equal(back.codes, quantized.codes)
     assert torch.equal(back.scales, quantized.scales)
+    assert (back.offsets is not None) == codebook.offset
+    if codebook.offset:
+        assert torch.equal(back.offsets, quantized.offsets)
+        assert back.offsets.dtype == back.scales.dtype == codebook.scale_dtype
     assert torch.equal(back.dequantize(), quantized.dequantize())
 
 

@@ -13,6 +13,7 @@ import torch
 from runs import MemoryRun
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from turboquant_vllm.checkpoint import load_tq3_model as load_with_torch
 from turboquant_vllm.checkpoint import save_tq3_checkpoint
 from turboquant_vllm.mlx_loader import load_tq3_model
 from turboquant_vllm.weight_quant import Compressed3D, select_bits
@@ -106,6 +107,21 @@ def test_the_mlx_loader_computes_what_the_dense_model_does(which: str, tmp_path:
         expected = dense(tokens).logits.numpy()
     differences = np.abs(logits - expected).max(-1)  # of each token; a router that is almost undecided may flip
     assert np.median(differences) < 0.02 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_torch_loader_computes_what_the_dense_model_does(tied: bool, tmp_path: Path):
+    """Under transformers 5 it leaves the rotary frequencies at zero, whoever wrote the folder; here they are set."""
+    source = models.tiny_llama(tmp_path / "source", tied=tied)
+    folder = convert(parse_config(config_of(source)), tmp_path / "export")
+    dense = AutoModelForCausalLM.from_pretrained(dequantize(folder, tmp_path / "dense"), dtype=torch.float32)
+    served, tokens = load_with_torch(str(folder), device="cpu")[0].float(), models.random_tokens()
+    served.model.rotary_emb.inv_freq = dense.model.rotary_emb.inv_freq
+    with torch.no_grad():
+        logits, expected = served(tokens).logits, dense(tokens).logits
+    assert (logits - expected).abs().max() < 0.02 * expected.abs().max()  # it computes in float16
+    written = [model.generate(tokens[:1], max_new_tokens=5, do_sample=False) for model in (served, dense)]
+    assert torch.equal(*written)
 
 
 def config_of(source: Path, bits: int = 3, size: int = 32) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,17 +41,17 @@ def calibration_tokens(
 
 
 def stored_tokens(path: Path, windows: int, length: int) -> Tensor:
-    """The tokens that another run was calibrated on: its `tokens.safetensors`."""
+    """The tokens that another run was calibrated on, its `tokens.safetensors`: the first of so many, if it has more."""
     try:
         tokens = load_file(path)["tokens"]
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"calib.source {path} holds no tokens of a run ({error})") from None
-    if tuple(tokens.shape) != (windows, length):
+    if tokens.shape[0] < windows or tokens.shape[1] < length:
         raise UserError(
             f"{path} holds {tokens.shape[0]} windows of {tokens.shape[1]} tokens, not {windows} of {length}; "
-            "set calib.windows and calib.length to match"
+            "lower calib.windows and calib.length, or those of plan.sensitivity"
         )
-    return tokens.long()
+    return tokens[:windows, :length].long()
 
 
 def pack(texts: Iterator[str], tokenizer, windows: int, length: int, origin: str) -> Tensor:
@@ -108,6 +109,17 @@ def _local_paths(source: str) -> list[Path]:
     if path.is_dir():
         raise UserError(f"calib.source {source!r} is a folder; give its files, such as {path / '*.txt'}")
     return [path] if path.exists() else sorted(filter(Path.is_file, map(Path, glob.glob(str(path)))))
+
+
+def text_mark(source: str) -> str:
+    """The source as a config names it, with a hash of its files if it is local."""
+    if source == "self" or not _is_local(source):
+        return source
+    digest = hashlib.sha256()
+    for path in _local_paths(source):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"{source} {digest.hexdigest()}"
 
 
 def _local_texts(source: str) -> Iterator[str]:

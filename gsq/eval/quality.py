@@ -125,6 +125,20 @@ def compare(quantized: FinalStates, base: FinalStates | None = None) -> dict:
     return result
 
 
+@torch.no_grad()
+def divergences(skeleton: Skeleton, hidden: list[Tensor], base: Tensor) -> list[float]:
+    """KL(base || other), nats per token, of each of `hidden`: states `[W, L, H]` behind the last layer."""
+    flat, sums = base.flatten(0, 1), [0.0] * len(hidden)
+    step = max(1, LOGIT_BYTES // (LOGIT_BUFFERS * 4 * skeleton.model.get_output_embeddings().out_features))
+    for start in range(0, len(flat), step):
+        log_p = _log_softmax(skeleton, flat[start : start + step])
+        p = log_p.exp()
+        for number, other in enumerate(hidden):
+            log_q = _log_softmax(skeleton, other.flatten(0, 1)[start : start + step])
+            sums[number] += float((p * (log_p - log_q)).sum(dtype=torch.float64))
+    return [total / len(flat) for total in sums]
+
+
 def eval_tokens(text_file: str | Path, tokenizer, windows: int, length: int) -> Tensor:
     """The first `windows` consecutive windows `[windows, length]` of a text file's tokens, without special tokens."""
     try:

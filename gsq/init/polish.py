@@ -15,6 +15,7 @@ from torch import Tensor
 from gsq.codebook import QuantizedTensor
 
 BLOCK = 64  # columns updated one by one before the rest of the gradient is, by one matrix product
+SYSTEMS = 1 << 28  # coefficients of the linear systems that are solved at once: a gigabyte
 
 
 def row_errors(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> Tensor:
@@ -81,8 +82,14 @@ def refit_scales(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor) -
 
     A row whose rounded solution is not better keeps what it has.
     """
+    batch, rows, groups = quantized.scales.shape
+    unknowns = groups * (1 + quantized.codebook.offset)
+    step = max(1, SYSTEMS // (batch * unknowns**2))
+    if step < rows:
+        spans = [(start, min(start + step, rows)) for start in range(0, rows, step)]
+        parts = [refit_scales(weights[:, start:end], quantized.rows(start, end), hessian) for start, end in spans]
+        return QuantizedTensor.stacked(parts)
     codebook, size = quantized.codebook, quantized.codebook.group_size
-    groups = quantized.scales.shape[-1]
     levels = codebook.level_table(weights.device)[quantized.codes.int()] - codebook.center  # [batch, out, in]
     basis = [levels, torch.ones_like(levels)] if codebook.offset else [levels]
 
@@ -96,10 +103,11 @@ def refit_scales(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor) -
         part = slice(unknown % groups * size, (unknown % groups + 1) * size)
         normal[..., unknown, :] = by_group(basis[unknown // groups][..., part] @ hessian[:, part])
     trace = normal.diagonal(dim1=-2, dim2=-1)
-    empty = torch.where(trace > 0, 1e-6 * trace, 1.0)  # a group of zero levels has no say
-    lower, info = torch.linalg.cholesky_ex(normal + torch.diag_embed(empty))
+    has_say = trace > 0  # unlike a group of zero levels
+    trace += torch.where(has_say, 1e-6 * trace, 1.0)
+    lower, info = torch.linalg.cholesky_ex(normal)
     solution = torch.cholesky_solve(target[..., None], lower)[..., 0]
-    solved = (info == 0)[..., None] & torch.isfinite(solution) & (trace > 0)
+    solved = (info == 0)[..., None] & torch.isfinite(solution) & has_say
     scales = torch.where(solved[..., :groups], solution[..., :groups], quantized.scales.float())
     refitted = replace(quantized, scales=scales.to(codebook.scale_dtype))
     if codebook.offset:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gsq.codebook import Codebook, QuantizedTensor
 
-CHUNK = 1 << 17  # weights rounded at once by `match_norms`: they stay in a CPU's cache
+CHUNK = 1 << 19  # weights rounded at once by `match_norms`: they stay in a CPU's cache, and threads seldom wait
 CANDIDATES = 24  # scales tried per sign
 REGRESSIONS = 3  # of a group's weights on their levels
 # range of the candidates, relative to the scale at which the longest level reaches the largest weight

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHUNK = {"cpu": 1 << 17}  # numbers transformed at once: on a CPU they stay in its cache,
+CHUNK = {"cpu": 1 << 19}  # numbers transformed at once: on a CPU they stay in its cache,
 ELSEWHERE = 1 << 26  # elsewhere the copies stay small beside the whole
 
 

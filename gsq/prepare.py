@@ -1,0 +1,234 @@
+"""What is known before work starts: the checkpoint's headers, its architecture, and what becomes of each tensor.
+
+Weights are read only if a rule of the plan asks for something measured, and that is remembered beside
+the run folder that the config names, so that one command finds what another measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from itertools import cycle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gsq.calib.tokens import calibration_tokens, text_mark
+from gsq.codebook import Codebook
+from gsq.config import Config
+from gsq.device import activation_dtype
+from gsq.errors import UserError
+from gsq.export.base import FORMATS, check_plan, format_of
+from gsq.export.modules import fused_name
+from gsq.files import explained
+from gsq.model.checkpoint import Checkpoint, fingerprint
+from gsq.model.resolve import resolve_model
+from gsq.model.skeleton import Skeleton
+from gsq.plan.curve import Curve, curve_of
+from gsq.plan.kurtosis import measured
+from gsq.plan.presets import PRESETS
+from gsq.plan.rules import Plan, candidates, flexible, make_plan
+from gsq.plan.sensitivity import Allocation, Unit, measure, remember, remembered
+
+Progress = Callable[[int, int], None]
+Planner = Callable[[Mapping[str, int]], Plan]
+
+
+def prepare(
+    config: Config, device: torch.device, scan: bool = False, progress: Progress = lambda done, layers: None
+) -> tuple[Skeleton, Plan]:
+    """Everything that can be checked before work starts: the checkpoint's headers, its architecture, the plan."""
+    skeleton = opened(config, device)
+    return skeleton, plan_of(config, skeleton, scan, progress)
+
+
+def opened(config: Config, device: torch.device) -> Skeleton:
+    """The model of a config, of which only the checkpoint's headers are read; refused if it is quantized already."""
+    source = Checkpoint.open(resolve_model(config.model.name))
+    if method := format_of(source):
+        raise UserError(f"{source.folder} is quantized already ({method}); give the original checkpoint")
+    return Skeleton(source, device, activation_dtype(device, config.dtype), config.model.max_layers)
+
+
+def plan_of(
+    config: Config, skeleton: Skeleton, scan: bool = False, progress: Progress = lambda done, layers: None
+) -> Plan:
+    """The plan of a config, which its export can hold.
+
+    Reads weights only if a rule needs something measured, or if `scan` asks for the kurtosis of all that
+    can be quantized. `progress(done, layers)` is told of the layers whose sensitivity is measured.
+    """
+    planned = planner(config, skeleton, kurtosis(config, skeleton, scan))
+    allocation = measured_allocation(config, skeleton, planned, progress)
+    plan = planned(solved(config, allocation, planned) if allocation else {})
+    check_export(config, skeleton.checkpoint, plan)
+    return plan
+
+
+def check_export(config: Config, source: Checkpoint, plan: Plan) -> None:
+    """Raise `UserError` if the config's export format, if it has one, cannot hold a plan."""
+    if config.export.format:
+        check_plan(config.export.format, source, plan.entries)
+
+
+def curve(config: Config, skeleton: Skeleton, plan: Plan) -> Curve | None:
+    """Where `plan` stands among all sizes and the presets that fit the model, as far as sensitivities are remembered.
+
+    None if they are not, or no bits were solved for.
+    """
+    found, limits = kurtosis(config, skeleton), config.plan.kurtosis.limits()
+    allocation = measured_allocation(config, skeleton, planner(config, skeleton, found))
+    if allocation is None:
+        return None
+    presets = {}
+    for name in PRESETS:
+        rules = config.plan.model_copy(update={"preset": name, "rules": []}).all_rules
+        with suppress(UserError):  # it is for other models
+            if found.keys() >= candidates(skeleton, rules).keys():
+                presets[name] = make_plan(skeleton, rules, found, limits)
+    return curve_of(allocation, plan, presets)
+
+
+def planner(config: Config, skeleton: Skeleton, found: Mapping[str, float]) -> Planner:
+    """The plan of a config as a function of what is still open: the bits to be solved for."""
+    rules, limits = config.plan.all_rules, config.plan.kurtosis.limits()
+    return lambda bits: make_plan(skeleton, rules, found, limits, bits)
+
+
+def kurtosis(config: Config, skeleton: Skeleton, everything: bool = False) -> dict[str, float]:
+    """Kurtosis by parameter of what the rules ask it of, or of `everything` that can be quantized."""
+    rules = config.plan.all_rules
+    wanted = candidates(skeleton, None if everything else rules)
+    if not wanted:
+        return {}
+    least = {name: min(widths) for name, widths in flexible(skeleton, rules, config.plan.sensitivity.widths).items()}
+    make_plan(skeleton, rules, dict.fromkeys(wanted, 0.0), solved=least)  # what cannot hold is found before a long read
+    return measured(skeleton.checkpoint, wanted, beside(config, "kurtosis"))
+
+
+def measured_allocation(
+    config: Config, skeleton: Skeleton, planned: Planner, progress: Progress | None = None
+) -> Allocation | None:
+    """Sensitivity of all parameters whose bits are to be solved for; None if there are none.
+
+    What servers fuse is one unit, and only widths that the export's format holds are considered. What is not
+    remembered is measured, which `progress` is told of; without `progress` it is not, and the answer is None.
+    """
+    source, settings = skeleton.checkpoint, config.plan.sensitivity
+    names = flexible(skeleton, config.plan.all_rules, settings.widths)
+    if not names:
+        return None
+    units = _units(names, config.export.format)
+    widths = _exportable(config, source, names, units, planned)
+    names = {name: {bits: codebooks[bits] for bits in widths} for name, codebooks in names.items()}
+    shapes = {name: tuple(skeleton.model.get_parameter(name).shape) for name in names}
+    codebooks = {unit: {name: names[name] for name in unit} for unit in units}
+    described = {name: {bits: codebook.to_dict() for bits, codebook in own.items()} for name, own in names.items()}
+    text = json.dumps([list(units), described], sort_keys=True)
+    mark = {
+        "fingerprint": fingerprint(source), "units": hashlib.sha256(text.encode()).hexdigest(), "seed": config.seed,
+        "text": text_mark(config.calib.source), "windows": settings.windows, "length": settings.length,
+        "damping": config.init.damping, "expert_prior": config.init.expert_prior, "dtype": str(skeleton.dtype),
+        "layers": skeleton.num_layers,
+    }  # fmt: skip
+    cache = beside(config, "sensitivity")
+    found = remembered(cache, mark)
+    if found is None and progress is None:
+        return None
+    if found is None:
+        _budget(config, Allocation({}, codebooks, shapes), planned)  # one that cannot be met is found before the work
+        with explained(cache, 0):
+            cache.parent.mkdir(parents=True, exist_ok=True)
+        calib = config.calib.model_copy(update={"windows": settings.windows, "length": settings.length})
+        tokens = tokens_for(config.model_copy(update={"calib": calib}), source.folder, skeleton.device)
+        prior = config.init.expert_prior
+        # a skeleton of its own, since it keeps embedding and head; bfloat16 would add about 1e-4 to every KL
+        own = Skeleton(source, skeleton.device, torch.float32, config.model.max_layers)
+        found = measure(own, tokens, codebooks, config.init.damping, prior, config.calib.batch, progress)
+        remember(cache, mark, found)
+    return Allocation(found, codebooks, shapes)
+
+
+def solved(config: Config, allocation: Allocation, planned: Planner) -> dict[str, int]:
+    """Bits by parameter that meet the config's target with the least predicted KL."""
+    return allocation.solve(_budget(config, allocation, planned))
+
+
+def _budget(config: Config, allocation: Allocation, planned: Planner) -> int:
+    """Bytes that the target leaves for what is solved for; raises `UserError` if the narrowest widths take more."""
+    narrowest = {name: min(own) for unit in allocation.codebooks.values() for name, own in unit.items()}
+    summary = planned(narrowest).summary()
+    least = sum(allocation.nbytes(unit, narrowest[unit[0]]) for unit in allocation.codebooks)
+    if config.plan.target_bpw is not None:
+        unit, target, lowest = "bits per quantized weight", config.plan.target_bpw, summary["bits_per_quantized_weight"]
+        spare = (target - lowest) * summary["quantized_weights"] / 8
+    else:
+        unit, target, lowest = "GB", config.plan.target_size, summary["bytes_after"] / 1e9
+        spare = target * 1e9 - summary["bytes_after"]
+    if spare < 0:
+        raise UserError(
+            f"the plan needs at least {math.ceil(1000 * lowest) / 1000:g} {unit}, and its target is {target:g}; raise "
+            "the target, allow narrower widths in plan.sensitivity.widths, or let rules take less"
+        )
+    return least + int(spare)
+
+
+def _exportable(
+    config: Config,
+    source: Checkpoint,
+    names: Mapping[str, Mapping[int, Codebook]],
+    units: list[Unit],
+    planned: Planner,
+) -> list[int]:
+    """Widths that all codebooks have and the export's format holds.
+
+    Raises the format's `UserError` if there are none, or if it cannot hold them beside each other.
+    """
+    common = [bits for bits in config.plan.sensitivity.widths if all(bits in own for own in names.values())]
+    widths, refused = [], UserError("the codebooks of rules with bits: sensitivity have no width in common")
+    for bits in common:
+        try:
+            plan = planned(dict.fromkeys(names, bits))
+            check_export(config, source, plan)
+            widths.append(bits)
+        except UserError as error:
+            refused = error
+    if not widths:
+        raise refused
+    mixed = {name: bits for unit, bits in zip(units, cycle(widths), strict=False) for name in unit}
+    try:
+        check_export(config, source, planned(mixed))
+    except UserError as error:
+        raise UserError(f"{error}; give plan.sensitivity.widths fewer widths to mix") from None
+    return widths
+
+
+def _units(names: Iterable[str], format: str | None) -> list[Unit]:
+    """Parameters that share a width: those that a server of the format fuses."""
+    units: dict[str, list[str]] = {}
+    for name in names:
+        fused = fused_name(name.removesuffix(".weight")) if format is None or FORMATS[format].fuses else None
+        units.setdefault(fused or name, []).append(name)
+    return [tuple(unit) for unit in units.values()]
+
+
+def tokens_for(config: Config, folder: Path, device: torch.device) -> Tensor:
+    """Calibration tokens `[windows, length]` that `config` asks for, of the model in `folder`."""
+    calib = config.calib
+    dtype = activation_dtype(device, config.dtype)
+    return calibration_tokens(calib.source, folder, calib.windows, calib.length, config.seed, device, dtype)
+
+
+def run_folder(config: Config) -> Path:
+    """The run folder that a config names."""
+    return Path(config.run or "runs/gsq")
+
+
+def beside(config: Config, kind: str) -> Path:
+    """The file beside the run folder that remembers what was measured."""
+    folder = run_folder(config)
+    return folder.with_name(f"{folder.name}.{kind}.json")
