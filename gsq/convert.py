@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,7 +29,7 @@ from gsq.prepare import prepare
 
 T = TypeVar("T")
 PIECE = 1 << 22  # weights that a thread rounds at a time
-AHEAD = 8  # pieces that may wait to be packed
+AHEAD = 16  # pieces that may wait to be packed
 SHARD = 1 << 27  # bytes of a shard: small, since memory holds one, besides the codes of the largest tensor
 
 
@@ -102,10 +103,14 @@ def threads() -> Iterator[Executor]:
 
 
 def ahead(pool: Executor, work: Callable[..., T], items: Iterable[tuple]) -> Iterator[T]:
-    """`work(*item)` for every item, in order, of which `pool` does up to `AHEAD` before they are asked for."""
-    waiting: deque[Future[T]] = deque()
-    for item in items:
-        waiting.append(pool.submit(work, *item))
-        if len(waiting) > AHEAD:
-            yield waiting.popleft().result()
-    yield from (future.result() for future in waiting)
+    """`work(*item)` for every item, in order; `pool` does the first `AHEAD` of those not asked for yet."""
+    submitted = (pool.submit(work, *item) for item in items)
+    waiting = deque(islice(submitted, AHEAD))
+
+    def results() -> Iterator[T]:
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(islice(submitted, 1))
+            yield result
+
+    return results()

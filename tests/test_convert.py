@@ -53,14 +53,15 @@ def test_a_thread_has_torch_to_itself():
     assert torch.get_num_threads() == before
 
 
-def test_results_come_in_order_and_not_too_early(monkeypatch: pytest.MonkeyPatch):
+def test_results_come_in_order_and_few_wait(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("gsq.convert.AHEAD", 3)
-    asked = []
-    items = ((asked.append(index) or index,) for index in range(10))
+    taken = []
+    items = ((taken.append(index) or index,) for index in range(10))
     with threads() as pool:
         results = ahead(pool, lambda index: index * index, items)
+        assert taken == [0, 1, 2]
         assert next(results) == 0
-        assert asked == [0, 1, 2, 3]
+        assert taken == [0, 1, 2, 3]
         assert list(results) == [index * index for index in range(1, 10)]
 
 

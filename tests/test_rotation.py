@@ -125,8 +125,9 @@ def test_comparing_bounds_finds_the_same_codes_as_a_search():
 
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("width", [64, 96, 256])
-def test_matched_norms_are_what_jang_writes(bits: int, width: int):
-    weights = random(2, 5, width, seed=bits).bfloat16()
+@pytest.mark.parametrize("rows", [1, 2, 5, 300])
+def test_matched_norms_are_what_jang_writes(bits: int, width: int, rows: int):
+    weights = random(2, rows, width, seed=bits).bfloat16()
     weights[0, 0] = 0
     wanted = tq_quantize_experts(weights.float().numpy(), bits=bits)
     found = match_norms(weights, Codebook.jangtq(bits, width))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gsq.codebook import Codebook, QuantizedTensor
 
-CHUNK = 1 << 19  # weights rounded at once by `match_norms`: they stay in a CPU's cache, and threads seldom wait
+CHUNK = 1 << 19  # weights rounded at once by `match_norms`: small for a CPU's cache, large beside the cost of a call
 CANDIDATES = 24  # scales tried per sign
 REGRESSIONS = 3  # of a group's weights on their levels
 # range of the candidates, relative to the scale at which the longest level reaches the largest weight
@@ -146,8 +146,7 @@ def _match_norms(rows: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
     size, rotation = codebook.group_size, codebook.rotation
     if rotation.scales_first:  # JANG: the norm of the rotated row
         rotated = rotation.rotate(rows)
-        running = np.cumsum(rotated.square().numpy(), axis=-1)  # MLX on a CPU adds up one by one
-        norms = torch.from_numpy(np.sqrt(running[:, -1:]))
+        norms = torch.from_numpy(np.sqrt(_sum_one_by_one(rotated.square())))[:, None]
         return codebook.nearest(rotated / norms.clamp_min(1e-10)), norms
     padding = rotation.columns - rotation.width
     groups = (torch.nn.functional.pad(rows, (0, padding)) if padding else rows).view(-1, size)
@@ -158,3 +157,10 @@ def _match_norms(rows: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor]:
     reached = torch.linalg.norm(reached, dim=1)
     norms = norms / torch.where(reached > 0, reached, 1)
     return codes.view(len(rows), -1), norms.view(len(rows), -1)
+
+
+def _sum_one_by_one(rows: Tensor) -> np.ndarray:
+    """Sums of `rows` `[n, columns]` as MLX computes them on a CPU, from the first number to the last."""
+    if len(rows) == 1:
+        return np.cumsum(rows.numpy())[-1:]
+    return np.add.reduce(rows.T.contiguous().numpy(), axis=0)  # NumPy adds pairs first only where they are neighbours
