@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.integrations import moe
 
 from gsq.calib import tokens as calib_tokens
 from gsq.calib.observe import ObserveLinears, shared_inputs
@@ -184,10 +185,17 @@ def routed_by_a_loop(stream: Stream, layer: nn.Module, index: int) -> dict[str, 
     return {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down}
 
 
+@pytest.mark.parametrize("product", ["loop", "grouped", "grouped without a kernel"])
 @pytest.mark.parametrize("model", ["moe", "flagship"])
-def test_experts_see_the_tokens_routed_to_them(skeletons, model: str):
+def test_experts_see_the_tokens_routed_to_them(skeletons, model: str, product: str, monkeypatch):
     stream = stream_of(skeletons[model], batch=3)
     layer = stream.skeleton.load_layer(1)
+    config = layer.mlp.experts.config
+    assert config._experts_implementation == "grouped_mm"
+    if product == "loop":
+        monkeypatch.setattr(config, "_experts_implementation_internal", "eager")
+    if product == "grouped without a kernel":
+        monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *args, **kwargs: False)
     expected = routed_by_a_loop(stream, layer, 1)
     seen = {name: [[] for _ in range(models.EXPERTS)] for name in expected}
     with ObserveLinears({n: layer.get_parameter(n) for n in expected}, lambda n, e, x: seen[n][e].append(x.clone())):

@@ -39,9 +39,7 @@ def walk(skeleton: Skeleton, tokens: Tensor = TOKENS) -> Tensor:
 
 def whole_model(folder: Path) -> nn.Module:
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
-    model = getattr(transformers, architecture).from_pretrained(
-        folder, dtype=torch.float32, experts_implementation="eager"
-    )
+    model = getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32)
     return model.eval()
 
 

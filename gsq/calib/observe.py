@@ -1,22 +1,26 @@
 """See every product with a target's weight, wherever in a module's code it happens.
 
-A Linear calls `F.linear(x, weight)`; a loop over experts calls it with a slice of a fused
-parameter. Both are caught at that call, so no family of models needs a hook of its own.
+A Linear calls `F.linear(x, weight)`, and so does a loop over experts, with a slice of a fused
+parameter; otherwise all experts go through one grouped product of tokens sorted by expert. Each is
+caught at that call, so no family of models needs a hook of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers.integrations import moe  # noqa: F401  registers its grouped product
 
+# `x` `[tokens, in]` sorted by expert, `weight` `[experts, in, out]`, and where each expert's tokens end, `offs`
+GROUPED_PRODUCTS = (torch._grouped_mm, torch.ops.transformers.grouped_mm_fallback)
 Seen = Callable[[str, int, Tensor], None]  # (target, expert, inputs [tokens, in])
 
 
 class ObserveLinears(TorchFunctionMode):
-    """While active, calls `seen(target, expert, x)` for each `F.linear` whose weight is (a slice of) a target."""
+    """While active, calls `seen(target, expert, x)` for each product whose weight is (a slice of) a target."""
 
     def __init__(self, targets: dict[str, Tensor], seen: Seen):
         super().__init__()
@@ -25,15 +29,28 @@ class ObserveLinears(TorchFunctionMode):
         self.targets = targets
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        """Intercepts torch calls; only `linear` is looked at, none is changed."""
-        if function is torch.nn.functional.linear:
+        """Intercepts torch calls; only the products are looked at, none is changed."""
+        kwargs = kwargs or {}
+        if function is torch.nn.functional.linear or function in GROUPED_PRODUCTS:
             x = args[0] if args else kwargs["input"]
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             name = self.by_storage.get(weight.untyped_storage().data_ptr())
             if name is not None:
-                expert = weight.storage_offset() // weight.numel() if self.targets[name].ndim == 3 else 0
-                self.seen(name, expert, x.reshape(-1, x.shape[-1]))
-        return function(*args, **(kwargs or {}))
+                for expert, read in self._by_expert(function, name, x, weight, kwargs):
+                    self.seen(name, expert, read)
+        return function(*args, **kwargs)
+
+    def _by_expert(
+        self, function: Callable, name: str, x: Tensor, weight: Tensor, kwargs: dict
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Experts, and what each reads of `x`; a Linear is expert 0."""
+        if function in GROUPED_PRODUCTS:
+            ends = kwargs["offs"].tolist()
+            spans = zip([0, *ends], ends, strict=False)
+            yield from ((expert, x[start:end]) for expert, (start, end) in enumerate(spans) if end > start)
+        else:
+            expert = weight.storage_offset() // weight.numel() if self.targets[name].ndim == 3 else 0
+            yield expert, x.reshape(-1, x.shape[-1])
 
 
 def shared_inputs(module: nn.Module, targets: Iterable[str], run: Callable[[], object]) -> list[list[str]]:

@@ -174,8 +174,7 @@ def build_meta_model(config: dict, dtype: torch.dtype) -> nn.Module:
         )
     parsed = CONFIG_MAPPING[model_type].from_dict(config)
     with init_empty_weights(include_buffers=False):
-        # "eager" experts are a loop of plain linears, which calibration can observe one by one
-        model = model_class._from_config(parsed, dtype=dtype, experts_implementation="eager")
+        model = model_class._from_config(parsed, dtype=dtype)
     return model.eval()
 
 
