@@ -22,15 +22,16 @@ from gsq.codebook import Codebook
 from gsq.config import Config
 from gsq.device import activation_dtype
 from gsq.errors import UserError
-from gsq.export.base import FORMATS, check_plan, format_of
+from gsq.export.base import FORMATS, check_plan, format_of, stored_bytes
 from gsq.export.modules import fused_name
 from gsq.files import explained
 from gsq.model.checkpoint import Checkpoint, fingerprint
 from gsq.model.resolve import resolve_model
 from gsq.model.skeleton import Skeleton
-from gsq.plan.curve import Curve, curve_of
+from gsq.plan.curve import Curve, curve_of, for_dense
 from gsq.plan.kurtosis import measured
 from gsq.plan.presets import PRESETS
+from gsq.plan.roles import Role
 from gsq.plan.rules import Plan, candidates, flexible, make_plan
 from gsq.plan.sensitivity import Allocation, Unit, measure, remember, remembered
 
@@ -64,39 +65,48 @@ def plan_of(
     """
     planned = planner(config, skeleton, kurtosis(config, skeleton, scan))
     allocation = measured_allocation(config, skeleton, planned, progress)
-    plan = planned(solved(config, allocation, planned) if allocation else {})
-    check_export(config, skeleton.checkpoint, plan)
-    return plan
+    return planned(solved(config, allocation, planned) if allocation else {})
 
 
-def check_export(config: Config, source: Checkpoint, plan: Plan) -> None:
-    """Raise `UserError` if the config's export format, if it has one, cannot hold a plan."""
-    if config.export.format:
-        check_plan(config.export.format, source, plan.entries)
+def exportable(config: Config, source: Checkpoint, plan: Plan) -> Plan:
+    """A plan with the bytes that the config's export stores, if there is to be one.
+
+    Raises `UserError` if its format cannot hold the plan.
+    """
+    format = config.export.format
+    if format is None:
+        return plan
+    check_plan(format, source, plan.entries)
+    return plan.priced(stored_bytes(format, source, plan.entries))
 
 
 def curve(config: Config, skeleton: Skeleton, plan: Plan) -> Curve | None:
     """Where `plan` stands among all sizes and the presets that fit the model, as far as sensitivities are remembered.
 
-    None if they are not, or no bits were solved for.
+    None if they are not, or no bits were solved for. Presets have the sizes of their own codebooks.
     """
     found, limits = kurtosis(config, skeleton), config.plan.kurtosis.limits()
     allocation = measured_allocation(config, skeleton, planner(config, skeleton, found))
     if allocation is None:
         return None
+    dense = all(Role.read(entry.role).family != "expert" for entry in plan.entries.values())
     presets = {}
     for name in PRESETS:
         rules = config.plan.model_copy(update={"preset": name, "rules": []}).all_rules
+        label, rules = for_dense(name, rules) if dense else (name, rules)
         with suppress(UserError):  # it is for other models
             if found.keys() >= candidates(skeleton, rules).keys():
-                presets[name] = make_plan(skeleton, rules, found, limits)
+                presets[label] = make_plan(skeleton, rules, found, limits)
     return curve_of(allocation, plan, presets)
 
 
 def planner(config: Config, skeleton: Skeleton, found: Mapping[str, float]) -> Planner:
-    """The plan of a config as a function of what is still open: the bits to be solved for."""
-    rules, limits = config.plan.all_rules, config.plan.kurtosis.limits()
-    return lambda bits: make_plan(skeleton, rules, found, limits, bits)
+    """The plan of a config as a function of what is still open, the bits to be solved for.
+
+    It raises `UserError` for a plan that the config's export cannot hold.
+    """
+    rules, limits, source = config.plan.all_rules, config.plan.kurtosis.limits(), skeleton.checkpoint
+    return lambda bits: exportable(config, source, make_plan(skeleton, rules, found, limits, bits))
 
 
 def kurtosis(config: Config, skeleton: Skeleton, everything: bool = False) -> dict[str, float]:
@@ -123,9 +133,10 @@ def measured_allocation(
     if not names:
         return None
     units = _units(names, config.export.format)
-    widths = _exportable(config, source, names, units, planned)
-    names = {name: {bits: codebooks[bits] for bits in widths} for name, codebooks in names.items()}
-    shapes = {name: tuple(skeleton.model.get_parameter(name).shape) for name in names}
+    plans = _by_width(settings.widths, names, units, planned)
+    names = {name: {bits: codebooks[bits] for bits in plans} for name, codebooks in names.items()}
+    sizes = {name: {bits: plan.entries[name].bytes_after for bits, plan in plans.items()} for name in names}
+    weights = sum(skeleton.model.get_parameter(name).numel() for name in names)
     codebooks = {unit: {name: names[name] for name in unit} for unit in units}
     described = {name: {bits: codebook.to_dict() for bits, codebook in own.items()} for name, own in names.items()}
     text = json.dumps([list(units), described], sort_keys=True)
@@ -140,7 +151,7 @@ def measured_allocation(
     if found is None and progress is None:
         return None
     if found is None:
-        _budget(config, Allocation({}, codebooks, shapes), planned)  # one that cannot be met is found before the work
+        _budget(config, Allocation({}, sizes, weights), planned)  # one that cannot be met is found before the work
         with explained(cache, 0):
             cache.parent.mkdir(parents=True, exist_ok=True)
         calib = config.calib.model_copy(update={"windows": settings.windows, "length": settings.length})
@@ -150,7 +161,7 @@ def measured_allocation(
         own = Skeleton(source, skeleton.device, torch.float32, config.model.max_layers)
         found = measure(own, tokens, codebooks, config.init.damping, prior, config.calib.batch, progress)
         remember(cache, mark, found)
-    return Allocation(found, codebooks, shapes)
+    return Allocation(found, sizes, weights)
 
 
 def solved(config: Config, allocation: Allocation, planned: Planner) -> dict[str, int]:
@@ -160,9 +171,9 @@ def solved(config: Config, allocation: Allocation, planned: Planner) -> dict[str
 
 def _budget(config: Config, allocation: Allocation, planned: Planner) -> int:
     """Bytes that the target leaves for what is solved for; raises `UserError` if the narrowest widths take more."""
-    narrowest = {name: min(own) for unit in allocation.codebooks.values() for name, own in unit.items()}
+    narrowest = {name: min(own) for name, own in allocation.sizes.items()}
     summary = planned(narrowest).summary()
-    least = sum(allocation.nbytes(unit, narrowest[unit[0]]) for unit in allocation.codebooks)
+    least = sum(allocation.sizes[name][bits] for name, bits in narrowest.items())
     if config.plan.target_bpw is not None:
         unit, target, lowest = "bits per quantized weight", config.plan.target_bpw, summary["bits_per_quantized_weight"]
         spare = (target - lowest) * summary["quantized_weights"] / 8
@@ -177,34 +188,28 @@ def _budget(config: Config, allocation: Allocation, planned: Planner) -> int:
     return least + int(spare)
 
 
-def _exportable(
-    config: Config,
-    source: Checkpoint,
-    names: Mapping[str, Mapping[int, Codebook]],
-    units: list[Unit],
-    planned: Planner,
-) -> list[int]:
-    """Widths that all codebooks have and the export's format holds.
+def _by_width(
+    widths: Iterable[int], names: Mapping[str, Mapping[int, Codebook]], units: list[Unit], planned: Planner
+) -> dict[int, Plan]:
+    """The plans that give all `names` one of `widths`: one that their codebooks have and the export's format holds.
 
     Raises the format's `UserError` if there are none, or if it cannot hold them beside each other.
     """
-    common = [bits for bits in config.plan.sensitivity.widths if all(bits in own for own in names.values())]
-    widths, refused = [], UserError("the codebooks of rules with bits: sensitivity have no width in common")
+    common = [bits for bits in widths if all(bits in own for own in names.values())]
+    plans, refused = {}, UserError("the codebooks of rules with bits: sensitivity have no width in common")
     for bits in common:
         try:
-            plan = planned(dict.fromkeys(names, bits))
-            check_export(config, source, plan)
-            widths.append(bits)
+            plans[bits] = planned(dict.fromkeys(names, bits))
         except UserError as error:
             refused = error
-    if not widths:
+    if not plans:
         raise refused
-    mixed = {name: bits for unit, bits in zip(units, cycle(widths), strict=False) for name in unit}
+    mixed = {name: bits for unit, bits in zip(units, cycle(plans), strict=False) for name in unit}
     try:
-        check_export(config, source, planned(mixed))
+        planned(mixed)
     except UserError as error:
         raise UserError(f"{error}; give plan.sensitivity.widths fewer widths to mix") from None
-    return widths
+    return plans
 
 
 def _units(names: Iterable[str], format: str | None) -> list[Unit]:

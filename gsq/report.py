@@ -290,7 +290,8 @@ def plan_curve(run: Run) -> str | None:
         return None
     note = (
         "KL of the model as predicted from each tensor alone, for the best widths at every size; "
-        "what refinement takes off is not in it."
+        "what refinement takes off is not in it. Presets have their own sizes, but their KL is that of their widths "
+        "in this plan's codebook."
     )
     return _section("The plan among others", note, _svg(_curve_figure(curve), "curve"))
 
@@ -304,15 +305,25 @@ def write_curve(curve: dict, path: Path) -> None:
 def _curve_figure(curve: dict) -> Figure:
     figure, [axes] = _figure(3.4)
     axes.plot(*zip(*curve["solved"], strict=True), color="#009e73", label="best widths")
-    for name, point in curve["others"].items():
-        axes.plot(*point, marker="^", color="#d55e00", linestyle="")
-        axes.annotate(name, point, xytext=(5, 3), textcoords="offset points")
+    _named_points(axes, curve["others"], marker="^", color="#d55e00", label="one width")
+    presets = curve.get("presets") or {}  # runs from before they were told apart have them among the others
+    _named_points(
+        axes, presets, marker="D", markerfacecolor="none", color="#2f86c9", label="presets, KL as if in this codebook"
+    )
     axes.plot(*curve["chosen"], marker="o", color="#009e73", linestyle="", label="this plan")
-    axes.set_xlabel("bits per weight")
+    axes.set_xlabel("bits per weight, as stored")
     axes.set_ylabel("predicted KL, nats per token")
     _log_axis(axes)
     _legend(axes)
     return figure
+
+
+def _named_points(axes: Axes, points: dict[str, tuple[float, float]], label: str, **style: str) -> None:
+    """Markers with a name beside each, and one entry of the legend for all."""
+    if points:
+        axes.plot(*zip(*points.values(), strict=True), linestyle="", label=label, **style)
+    for name, point in points.items():
+        axes.annotate(name, point, xytext=(5, 3), textcoords="offset points")
 
 
 def sizes(run: Run) -> str | None:
@@ -333,7 +344,7 @@ def sizes(run: Run) -> str | None:
             (role, kind, f"{tensors:,}", units.count(weights), bits, units.size(before), units.size(after), bar)
         )
     titles = ("role", "format", "tensors", "weights", "bits each", "before", "after", "")
-    note = "Scales are counted with the weights they belong to."
+    note = "After: as the export stores it, scales with the weights they belong to."
     return _section("Bits and bytes", note, _table(titles, rows, bars=True))
 
 

@@ -39,6 +39,7 @@ from gsq.plan.rules import Plan, PlanEntry
 CONFIG, PLAN, SOURCE, TOKENS, JOURNAL, LAYERS, EXPORT = (
     "config.yaml", "plan.json", "source.json", "tokens.safetensors", "journal.jsonl", "layers", "export",
 )  # fmt: skip
+OUTSIDE = "what lies outside the layers (embedding or head)"  # in messages
 
 
 class Run:
@@ -110,17 +111,21 @@ class Run:
     def completed(self) -> Run:
         """This run, if every layer is there and whole; else raises `UserError`."""
         finished = len(self.finished())
-        if not self.outside_finished() or any(entry.layer >= finished for entry in self._inside()):
-            raise UserError(
-                f"layer {finished} of {self.folder} is not finished, or its file is damaged; "
-                "continue the run with --resume"
-            )
-        return self
+        if not self.outside_finished():
+            missing = OUTSIDE
+        elif any(entry.layer >= finished for entry in self._inside()):
+            missing = f"layer {finished}"
+        else:
+            return self
+        raise UserError(
+            f"{missing} of {self.folder} is not finished, or its file is damaged; continue the run with --resume"
+        )
 
     def bytes_from(self, layer: int) -> int:
         """Bytes on disk that the layers from this one on will take, and the export, if it is to go into this folder."""
-        outside = 0 if self.outside_finished() else sum(entry.bytes_after for entry in self._outside())
-        layers = outside + sum(entry.bytes_after for entry in self._inside() if entry.layer >= layer)
+        outside = [] if self.outside_finished() else self._outside()
+        missing = [*outside, *(entry for entry in self._inside() if entry.layer >= layer)]
+        layers = sum(entry.codebook.nbytes(entry.shape) for entry in missing)  # whatever an export makes of them
         export = self.config.export
         inside = export.format and not export.out and not (self.folder / EXPORT).exists()
         return layers + (self.plan.summary()["bytes_after"] if inside else 0)
@@ -149,7 +154,8 @@ class Run:
         entry = self.plan.entries[name]
         path = self._layer_file(entry.layer)
         if not path.exists():
-            raise UserError(f"layer {entry.layer} of {self.folder} is not finished; continue the run with --resume")
+            part = OUTSIDE if entry.layer is None else f"layer {entry.layer}"
+            raise UserError(f"{part} of {self.folder} is not finished; continue the run with --resume")
         with safe_open(path, framework="pt") as layer:
             codes = unpack_dense(layer.get_tensor(name + ".codes"), entry.codebook.bits)
             codes = codes[..., : entry.codebook.columns(entry.shape[-1])].contiguous()

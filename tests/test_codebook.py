@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -147,6 +148,11 @@ def test_a_group_size_that_does_not_divide_names_those_that_do():
 def test_impossible_codebooks(levels: tuple, group_size: int, message: str):
     with pytest.raises(CodebookError, match=message):
         Codebook(levels, group_size)
+
+
+def test_rotated_weights_have_no_offsets():
+    with pytest.raises(CodebookError, match="a rotated codebook has no offsets"):
+        replace(Codebook.tq(2, 32, 64), offset=True)
 
 
 @pytest.mark.parametrize("bits", [0, 1, 9])

@@ -72,7 +72,7 @@ def test_tensors_are_rounded_in_stored_order(tmp_path: Path):
     for name in names:
         shape = source.tensors[name].shape
         codebook = Codebook.tq(3, 32, shape[-1])
-        entries[name] = PlanEntry(name, shape, "bfloat16", codebook, [name], "", "", 0, source.tensors[name].nbytes)
+        entries[name] = PlanEntry(name, shape, "bfloat16", codebook, [name], "", "", 0, 1, 1)
     with threads() as pool:
         rounded = Rounded(source, Plan(entries), pool)
         with pytest.raises(ValueError, match=rf"{names[1]} was asked for before {names[0]}"):

@@ -166,6 +166,20 @@ def test_model_that_is_quantized_already(recipe: dict, gsq):
     )
 
 
+def test_an_export_is_in_the_format_of_its_run_unless_told(recipe: dict, gsq):
+    rules = [{"role": "embedding", "bits": 8, "codebook": "affine", "group_size": 64}, *recipe["plan"]["rules"]]
+    succeed(*quantize(recipe | {"plan": {"rules": rules}, "export": {"format": "mlx"}}))
+    succeed("export", "run", "--out", "again")
+    assert json.loads(Path("again/config.json").read_text())["quantization"]["bits"] == 2
+    assert "format humming holds no offsets" in gsq("export", "run", "--out", "other", "--format", "humming")
+    Path("run/config.yaml").write_text(Path("run/config.yaml").read_text().replace("format: mlx", "format: null"))
+    message = gsq("export", "run", "--out", "other")
+    assert "the config of run has no export.format; give one with --format: humming, " in message
+    Path("run/layers/outside.safetensors").unlink()
+    message = gsq("export", "run", "--out", "other", "--format", "mlx")
+    assert "what lies outside the layers (embedding or head) of run is not finished, or its file is damaged" in message
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_weight_that_is_no_number(value: float, recipe: dict, gsq):
     name = "model.layers.1.mlp.up_proj.weight"

@@ -15,7 +15,7 @@ from gsq.config import Plan as Settings
 from gsq.config import load_config
 from gsq.errors import UserError
 from gsq.export import jangtq
-from gsq.export.base import check_plan
+from gsq.export.base import check_plan, stored_bytes
 from gsq.model.checkpoint import Checkpoint, TensorInfo
 from gsq.model.skeleton import Skeleton
 from gsq.model.targets import EXPERT_PARTS
@@ -84,6 +84,11 @@ def dense() -> Skeleton:
 def plan_of(skeleton: Skeleton, preset: str) -> Plan:
     rules = Settings(preset=preset).all_rules
     return make_plan(skeleton, rules, dict.fromkeys(candidates(skeleton, rules), KURTOSIS))
+
+
+def stored_plan(skeleton: Skeleton, preset: str, format: str) -> Plan:
+    plan = plan_of(skeleton, preset)
+    return plan.priced(stored_bytes(format, skeleton.checkpoint, plan.entries))
 
 
 def table(plan: Plan) -> dict[str, str]:
@@ -189,7 +194,7 @@ def test_the_models_are_those_that_were_published(moe: Skeleton, dense: Skeleton
 
 
 def test_gsq2_has_the_published_size_without_mtp(moe: Skeleton):
-    plan = plan_of(moe, "gsq2")
+    plan = stored_plan(moe, "gsq2", "humming")
     entries = plan.entries.values()
     assert plan.summary()["bits_per_quantized_weight"] == 2.125  # published as 2.13
     assert round(size(entries) / GB, 2) == 16.04
@@ -198,14 +203,16 @@ def test_gsq2_has_the_published_size_without_mtp(moe: Skeleton):
 
 def test_config_i_has_the_published_bits(moe: Skeleton):
     """3.613 bits per weight is of what mlx_lm stores, which has no place for vision tower and MTP."""
-    stored = [entry for entry in plan_of(moe, "config-i").entries.values() if entry.role not in ("vision", "mtp")]
-    assert round(8 * size(stored) / sum(entry.numel for entry in stored), 3) == 3.613
-    assert round(size(stored) / GB, 2) == 15.65  # 14.6 GiB, published as 15 GB
+    plan = stored_plan(moe, "config-i", "mlx")
+    summary = plan.summary()
+    assert round(summary["bits_per_weight"], 3) == 3.613
+    assert round(summary["bytes_after"] / GB, 2) == 15.65  # 14.6 GiB, published as 15 GB
+    assert {entry.role for entry in plan.entries.values() if not entry.bytes_after} == {"vision", "mtp"}
 
 
 def test_jangtq2_has_the_published_size_and_tensors(moe: Skeleton):
-    """The plan counts kept tensors as they are; the format stores them in 8.5 or 16 bits, or not at all."""
-    plan = plan_of(moe, "jangtq2")
+    """The format stores kept tensors in 8.5 or 16 bits, or not at all."""
+    plan = stored_plan(moe, "jangtq2", "jangtq")
     nbytes = tensors = 0
     for entry in plan.entries.values():
         kind = jangtq.kind_of(entry.sources[0], entry.shape)
@@ -218,13 +225,13 @@ def test_jangtq2_has_the_published_size_and_tensors(moe: Skeleton):
             nbytes, tensors = nbytes + 2 * entry.numel, tensors + 1
     assert round(nbytes / GB, 2) == 11.63
     assert tensors == 1930
-    assert round(size(plan.entries.values()) / GB, 2) == 15.60
+    assert plan.summary()["bytes_after"] == nbytes
 
 
 def test_tq3_differs_from_the_published_size_by_what_we_keep(dense: Skeleton, moe: Skeleton):
     """The published checkpoints are packed throughout, vision tower and MTP included, as their sizes tell."""
-    sizes = [round(size(plan_of(skeleton, "tq3").entries.values()) / GB, 2) for skeleton in (dense, moe)]
-    assert sizes == [16.79, 18.33]
+    plans = [stored_plan(skeleton, "tq3", "tq") for skeleton in (dense, moe)]
+    assert [round(plan.summary()["bytes_after"] / GB, 2) for plan in plans] == [16.79, 18.33]
     assert 0 < 15.37 * GB - packed_throughout(dense) < SIDE_FILES
     assert round(packed_throughout(moe) / GB) == 16  # all that its card says
 

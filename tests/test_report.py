@@ -149,6 +149,19 @@ def test_curves_of_two_objectives_are_apart():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("apart", [True, False], ids=["now", "as runs had it"])
+def test_plans_beside_the_chosen_one_are_named(apart, tmp_path):
+    """Runs had presets among the others, before it was told of them that their KL is approximate."""
+    flat, presets = {"2 bits": [2.5, 0.5], "4 bits": [4.5, 0.05]}, {"tq3": [3.25, 0.2]}
+    curve = {"solved": [[2.5, 0.5], [3.5, 0.1], [4.5, 0.05]], "chosen": [3.5, 0.1]}
+    curve |= {"others": flat, "presets": presets} if apart else {"others": flat | presets}
+    text, page = page_of(save(tmp_path / "run", [*metrics(layers=1), {"kind": "curve", "time": 1.8e9, **curve}]))
+    assert "The plan among others" in page.headings
+    for label in ("2 bits", "4 bits", "tq3", "this plan", "best widths"):
+        assert f">{label}</text>" in text
+    assert ("presets, KL as if in this codebook" in text) == apart
+
+
 def test_run_that_has_only_begun(tmp_path):
     text, page = page_of(save(tmp_path / "run", metrics()[:1], plan=False))
     assert page.headings == ["Config"]

@@ -251,7 +251,7 @@ def test_another_model_is_refused(recipe: Path, config: Config, finished: Path, 
 def test_a_layer_of_any_width_comes_back(codebook: Codebook, config: Config, tmp_path: Path):
     width = codebook.rotation.width if codebook.rotation else 40
     quantized = round_to_nearest(codebook.rotate(torch.randn(3, 6, width)), codebook)
-    entry = PlanEntry("experts", (3, 6, width), "bfloat16", codebook, ["experts"], "", "", 0, 1)
+    entry = PlanEntry("experts", (3, 6, width), "bfloat16", codebook, ["experts"], "", "", 0, 1, 1)
     (tmp_path / "layers").mkdir()
     run = Run(tmp_path, config, Plan({"experts": entry}))
     run.save_layer(0, {"experts": quantized})

@@ -25,6 +25,8 @@ Progress = Callable[[int, int], None]
 
 CPU = torch.device("cpu")
 LOGIT_BYTES = 256 << 20  # budget of all [tokens, vocab] float32 buffers that live at once
+DEVICE_LOGIT_BYTES = 2 << 30  # the same on an accelerator, which is idle if it gets few tokens at a time
+TOKENS = 4096  # at once, at most: the model's forward may build a mask of its square
 LOGIT_BUFFERS = 6  # logits and log-probabilities of two models, and the two temporaries of the divergence
 
 
@@ -129,7 +131,7 @@ def compare(quantized: FinalStates, base: FinalStates | None = None) -> dict:
 def divergences(skeleton: Skeleton, hidden: list[Tensor], base: Tensor) -> list[float]:
     """KL(base || other), nats per token, of each of `hidden`: states `[W, L, H]` behind the last layer."""
     flat, sums = base.flatten(0, 1), [0.0] * len(hidden)
-    step = max(1, LOGIT_BYTES // (LOGIT_BUFFERS * 4 * skeleton.model.get_output_embeddings().out_features))
+    step = _tokens_at_once(skeleton)
     for start in range(0, len(flat), step):
         log_p = _log_softmax(skeleton, flat[start : start + step])
         p = log_p.exp()
@@ -159,13 +161,19 @@ def eval_tokens(text_file: str | Path, tokenizer, windows: int, length: int) -> 
 def _log_probs(quantized: FinalStates, base: FinalStates | None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Spans of the predictions in reading order with the log-probabilities `[span, V]` of both models."""
     inputs = [None if states is None else states.hidden[:, :-1].flatten(0, 1) for states in (quantized, base)]
-    longest = LOGIT_BYTES // (LOGIT_BUFFERS * 4 * quantized.vocabulary)
-    step = max(1, min(longest, quantized.tokens.shape[1] - 1))
+    step = min(_tokens_at_once(quantized.skeleton), quantized.tokens.shape[1] - 1)
     for start in range(0, len(inputs[0]), step):
         span = slice(start, start + step)
         log_q = _log_softmax(quantized.skeleton, inputs[0][span])
         log_p = None if base is None else _log_softmax(base.skeleton, inputs[1][span])
         yield span, log_q, log_p
+
+
+def _tokens_at_once(skeleton: Skeleton) -> int:
+    """Tokens whose logits fit the budget of the skeleton's device."""
+    budget = LOGIT_BYTES if skeleton.device.type == "cpu" else DEVICE_LOGIT_BYTES
+    vocabulary = skeleton.model.get_output_embeddings().out_features
+    return max(1, min(TOKENS, budget // (LOGIT_BUFFERS * 4 * vocabulary)))
 
 
 def _log_softmax(skeleton: Skeleton, hidden: Tensor) -> Tensor:

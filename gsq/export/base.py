@@ -3,6 +3,8 @@
 A format is one module listed in `FORMATS`. It must provide
 `check(source, entries)`, which raises `UserError` for a plan that the format cannot hold;
 `write(run, writer)`, which adds every tensor and `config.json`;
+`packed_bytes(entry)` and `kept_bytes(source, name)`, the bytes that `write` stores of a planned tensor
+that it packs, and of any other;
 `recognizes(checkpoint)`, whether a folder is in this format; and
 `decoded(checkpoint)`, the same folder seen as dense tensors.
 Nothing here knows how bits are packed, and a format knows nothing of files.
@@ -11,6 +13,7 @@ Nothing here knows how bits are packed, and a format knows nothing of files.
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,7 +98,8 @@ class Run(Protocol):
 class PackedTensor:
     """A dense tensor `shape` as an export stores it: in the tensors `stored`, in the manner `label`.
 
-    `decode(part)` gives it in `dtype`: all of it for None, or one index of its first dimension.
+    `decode(part)` gives it in `dtype`: all of it for None, or one index of its first dimension. With a
+    `codebook`, the first two of `stored` are its codes, row by row in dense streams of bits, and its scales.
     """
 
     shape: tuple[int, ...]
@@ -103,6 +107,7 @@ class PackedTensor:
     label: str
     decode: Callable[[int | None], Tensor]
     dtype: torch.dtype = torch.bfloat16
+    codebook: Codebook | None = None
 
 
 class DecodedCheckpoint(Checkpoint):
@@ -177,11 +182,25 @@ def export_run(run: Run, format: str, out: str | Path, shard_bytes: int = 2 << 3
     loads, are copied bit for bit, and so are the side files.
     """
     check_plan(format, run.source, run.plan.entries)
-    writer = CheckpointWriter(out, shard_bytes, _bytes_after(run.source, run.plan.entries))
+    writer = CheckpointWriter(out, shard_bytes, stored_bytes(format, run.source, run.plan.entries).total())
     format_module(format).write(run, writer)
     for path in run.source.side_files():
         writer.copy(path)
     return writer.finish()
+
+
+def stored_bytes(format: str, source: Checkpoint, entries: Mapping[str, PlanEntry]) -> Counter[str]:
+    """Bytes of the tensors that an export in `format`, which must hold this plan, has for each entry.
+
+    Tensors that no entry names count under their own names; files beside the shards are not counted.
+    """
+    module = format_module(format)
+    owners = {tensor: entry.name for entry in entries.values() for tensor in entry.sources}
+    sizes: Counter[str] = Counter()
+    for name, entry in walk(source, entries):
+        stored = module.kept_bytes(source, name) if entry is None else module.packed_bytes(entry)
+        sizes[owners.get(name, name)] += stored
+    return sizes
 
 
 def format_of(checkpoint: Checkpoint) -> str | None:
@@ -241,15 +260,10 @@ def as_float16(name: str, tensor: Tensor, format: str) -> Tensor:
     return tensor.half()
 
 
-def _bytes_after(source: Checkpoint, entries: Mapping[str, PlanEntry]) -> int:
-    """Bytes of all tensors when codes and scales are stored at exact width."""
-    total = 0
-    for name, entry in walk(source, entries):
-        if entry is None:
-            total += source.tensors[name].nbytes
-        else:
-            total += entry.codebook.nbytes(entry.shape)
-    return total
+def float16_bytes(source: Checkpoint, name: str) -> int:
+    """Bytes of a tensor as `as_float16` leaves it."""
+    info = source.tensors[name]
+    return info.numel * torch.float16.itemsize if info.dtype.is_floating_point else info.nbytes
 
 
 def linear_names(entry: PlanEntry) -> list[list[str]]:

@@ -25,8 +25,8 @@ from functools import partial
 import torch
 
 from gsq.errors import UserError
-from gsq.export.base import DecodedCheckpoint, PackedTensor, PlanEntry, Run, linears, walk
-from gsq.export.integers import Setting, integer_setting, pack_levels, packed_integers
+from gsq.export.base import DecodedCheckpoint, PackedTensor, PlanEntry, Run, linear_names, linears, walk
+from gsq.export.integers import Setting, integer_bytes, integer_setting, pack_levels, packed_integers
 from gsq.export.modules import planned_modules, regexes, served_names, units
 from gsq.export.patterns import cover
 from gsq.model.checkpoint import Checkpoint, CheckpointWriter
@@ -34,6 +34,7 @@ from gsq.model.checkpoint import Checkpoint, CheckpointWriter
 FORMAT = "compressed-tensors"
 WIDTHS = tuple(range(2, 9))  # bits that a stored code may have
 PACKED, SCALE, SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
+SHAPE_BYTES = 2 * torch.int64.itemsize
 
 
 def check(source: Checkpoint, entries: Mapping[str, PlanEntry], widths: tuple[int, ...] = WIDTHS) -> None:
@@ -55,6 +56,16 @@ def write(run: Run, writer: CheckpointWriter, widths: tuple[int, ...] = WIDTHS) 
             writer.add(module + SHAPE, torch.tensor(quantized.codes.shape))
     config = quantization_config(run.source, run.plan.entries, widths)
     writer.write_json("config.json", run.source.config | {"quantization_config": config})
+
+
+def packed_bytes(entry: PlanEntry, widths: tuple[int, ...] = WIDTHS) -> int:
+    """Bytes of a planned tensor that is packed."""
+    return integer_bytes(entry, _setting(entry, widths)) + SHAPE_BYTES * sum(map(len, linear_names(entry)))
+
+
+def kept_bytes(source: Checkpoint, name: str) -> int:
+    """Bytes of a tensor that is copied."""
+    return source.tensors[name].nbytes
 
 
 def recognizes(checkpoint: Checkpoint) -> bool:

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 
 from gsq.export import compressed_tensors
 from gsq.export.base import PlanEntry, Run
-from gsq.export.compressed_tensors import decoded, recognizes
+from gsq.export.compressed_tensors import decoded, kept_bytes, recognizes
 from gsq.model.checkpoint import Checkpoint, CheckpointWriter
 
-__all__ = ["check", "decoded", "recognizes", "write"]
+__all__ = ["check", "decoded", "kept_bytes", "packed_bytes", "recognizes", "write"]
 
 WIDTHS = (4, 8)
 
@@ -26,3 +26,8 @@ def check(source: Checkpoint, entries: Mapping[str, PlanEntry]) -> None:
 def write(run: Run, writer: CheckpointWriter) -> None:
     """Add all tensors and `config.json`."""
     compressed_tensors.write(run, writer, WIDTHS)
+
+
+def packed_bytes(entry: PlanEntry) -> int:
+    """Bytes of a planned tensor that is packed."""
+    return compressed_tensors.packed_bytes(entry, WIDTHS)

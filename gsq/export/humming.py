@@ -22,7 +22,7 @@ import torch
 
 from gsq.errors import UserError
 from gsq.export.base import DecodedCheckpoint, PackedTensor, PlanEntry, Run, linears, walk
-from gsq.export.integers import Setting, integer_setting, pack_levels, packed_integers
+from gsq.export.integers import Setting, integer_bytes, integer_setting, pack_levels, packed_integers
 from gsq.export.modules import planned_modules, regexes, served_names, units
 from gsq.export.patterns import cover
 from gsq.model.checkpoint import Checkpoint, CheckpointWriter
@@ -47,6 +47,16 @@ def write(run: Run, writer: CheckpointWriter) -> None:
             writer.add(scale_name(weight), quantized.scales)
     config = quantization_config(run.source, run.plan.entries)
     writer.write_json("config.json", run.source.config | {"quantization_config": config})
+
+
+def packed_bytes(entry: PlanEntry) -> int:
+    """Bytes of a planned tensor that is packed."""
+    return integer_bytes(entry, _setting(entry))
+
+
+def kept_bytes(source: Checkpoint, name: str) -> int:
+    """Bytes of a tensor that is copied."""
+    return source.tensors[name].nbytes
 
 
 def recognizes(checkpoint: Checkpoint) -> bool:

@@ -6,6 +6,7 @@ in bfloat16 `[out, in / group]`. It knows no names and no config: those are what
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -71,6 +72,13 @@ def pack_levels(quantized: QuantizedTensor, bits: int) -> Tensor:
     return pack_dense(stored.to(quantized.codes.device)[quantized.codes.int()], bits)
 
 
+def integer_bytes(entry: PlanEntry, setting: Setting) -> int:
+    """Bytes of words and scales of a planned tensor."""
+    *rows, columns = entry.shape
+    scales = columns // setting.group_size * entry.codebook.scale_dtype.itemsize
+    return math.prod(rows) * (columns * setting.bits // 8 + scales)
+
+
 def packed_integers(checkpoint: Checkpoint, setting: Setting, words: str, scales: str, *others: str) -> PackedTensor:
     """The Linear in tensors of these names, of which `others` are not read; raises `UserError` if they do not fit."""
     rows, width = checkpoint.tensors[words].shape
@@ -79,7 +87,7 @@ def packed_integers(checkpoint: Checkpoint, setting: Setting, words: str, scales
     if found is None or found.shape != (rows, shape[1] // setting.group_size):
         raise UserError(f"{words} needs scales for {setting}, but has {found and found.shape}; export again")
     decode = partial(_decode, checkpoint, setting, words, scales)
-    return PackedTensor(shape, (words, scales, *others), str(setting), decode)
+    return PackedTensor(shape, (words, scales, *others), str(setting), decode, codebook=setting.codebook())
 
 
 def _decode(checkpoint: Checkpoint, setting: Setting, words: str, scales: str, part: int | None) -> Tensor:

@@ -12,6 +12,7 @@ Source: `jang_tools.convert_qwen35_jangtq`, `load_jangtq`, `capabilities`, `buil
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -24,7 +25,16 @@ from torch import Tensor
 from gsq.codebook import Codebook, QuantizedTensor
 from gsq.errors import UserError
 from gsq.export import mlx_layout
-from gsq.export.base import DecodedCheckpoint, PackedTensor, PlanEntry, Run, as_float16, require_codebook, walk
+from gsq.export.base import (
+    DecodedCheckpoint,
+    PackedTensor,
+    PlanEntry,
+    Run,
+    as_float16,
+    float16_bytes,
+    require_codebook,
+    walk,
+)
 from gsq.kernels.affine import dequantize_affine, pack_affine, quantize_affine, unpack_affine
 from gsq.kernels.packing import WORD, pack_words, unpack_words
 from gsq.model.checkpoint import Checkpoint, CheckpointWriter
@@ -85,6 +95,25 @@ def write(run: Run, writer: CheckpointWriter) -> None:
     writer.write_json("config.json", config_with(source, entries))
     writer.write_json(CONFIG, jang_config(source, entries))
     writer.write_tensors(RUNTIME, runtime_tensors(entries))
+
+
+def packed_bytes(entry: PlanEntry) -> int:
+    """Bytes of experts: words that no code straddles, norms, and the width of each stack."""
+    *rows, columns = entry.shape
+    words = columns // (WORD // entry.codebook.bits) * torch.uint32.itemsize
+    norm = entry.codebook.scale_dtype.itemsize
+    return math.prod(rows) * (words + norm) + len(mlx_layout.stored_modules(PLACES, entry))
+
+
+def kept_bytes(source: Checkpoint, name: str) -> int:
+    """Bytes of a tensor that is no routed expert."""
+    info = source.tensors[name]
+    kind = kind_of(name, info.shape)
+    if kind == "dropped":
+        return 0
+    if kind == "affine":
+        return Codebook.affine(BITS, GROUP, torch.float16).nbytes(info.shape)
+    return float16_bytes(source, name)
 
 
 def recognizes(checkpoint: Checkpoint) -> bool:

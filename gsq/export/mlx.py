@@ -75,6 +75,16 @@ def write(run: Run, writer: CheckpointWriter) -> None:
     writer.write_json("config.json", config_with(run.source, run.plan.entries))
 
 
+def packed_bytes(entry: PlanEntry) -> int:
+    """Bytes of a planned tensor that is packed, with biases, whether its codebook has them or not."""
+    return replace(entry.codebook, offset=True).nbytes(entry.shape)
+
+
+def kept_bytes(source: Checkpoint, name: str) -> int:
+    """Bytes of a tensor that is not packed; one of experts that come one by one is its part of their stack."""
+    return 0 if source_layout(source).stored_name(name) is None else source.tensors[name].nbytes
+
+
 def recognizes(checkpoint: Checkpoint) -> bool:
     """Whether a folder is in this format, whoever wrote it."""
     setting = checkpoint.config.get("quantization")

@@ -29,6 +29,7 @@ from gsq.export.base import (
     PlanEntry,
     Run,
     as_float16,
+    float16_bytes,
     linear_names,
     linears,
     require_codebook,
@@ -62,6 +63,16 @@ def write(run: Run, writer: CheckpointWriter) -> None:
     config = {key: value for key, value in run.source.config.items() if key != "quantization_config"}
     writer.write_json("config.json", config)
     writer.write_json(CONFIG, tq_config(run.source, run.plan.entries))
+
+
+def packed_bytes(entry: PlanEntry) -> int:
+    """Bytes of a planned tensor that is packed."""
+    return entry.codebook.nbytes(entry.shape)
+
+
+def kept_bytes(source: Checkpoint, name: str) -> int:
+    """Bytes of a tensor that is not packed."""
+    return float16_bytes(source, name)
 
 
 def recognizes(checkpoint: Checkpoint) -> bool:
@@ -178,7 +189,7 @@ def _packed_tensor(checkpoint: Checkpoint, config: dict, name: str) -> PackedTen
         shape = (experts, rows // experts, in_features)
     codebook = Codebook.tq(bits, size, in_features)
     decode = partial(_decode, checkpoint, name, codebook, shape)
-    return PackedTensor(shape, (name + PACKED, name + NORMS), f"tq{bits} g{size}", decode)
+    return PackedTensor(shape, (name + PACKED, name + NORMS), f"tq{bits} g{size}", decode, codebook=codebook)
 
 
 def _experts(checkpoint: Checkpoint) -> int:

@@ -33,7 +33,8 @@ class PlanEntry:
     """What becomes of one parameter: `codebook` None means kept. `sources` are its tensors in the checkpoint.
 
     `rule` is the rule that decided, or why none did; `role` is a `gsq.plan.roles.Role` in words; `layer` is None
-    outside the decoder layers; `kurtosis` is that of its weights, if it was measured.
+    outside the decoder layers; `bytes_after` is what an export stores of it, see `Plan.priced`; `kurtosis` is that
+    of its weights, if it was measured.
     """
 
     name: str
@@ -45,6 +46,7 @@ class PlanEntry:
     role: str
     layer: int | None
     bytes_before: int
+    bytes_after: int
     kurtosis: float | None = None
 
     @property
@@ -57,11 +59,6 @@ class PlanEntry:
         """Number of weights."""
         return torch.Size(self.shape).numel()
 
-    @property
-    def bytes_after(self) -> int:
-        """Bytes when exported at exact width."""
-        return self.bytes_before if self.codebook is None else self.codebook.nbytes(self.shape)
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -73,26 +70,28 @@ class Plan:
         """Entries to quantize; of one decoder layer, if given."""
         return [e for e in self.entries.values() if e.codebook is not None and layer in (None, e.layer)]
 
+    def priced(self, sizes: Mapping[str, int]) -> Plan:
+        """The same plan, of whose entries an export stores so many bytes."""
+        return Plan({name: replace(entry, bytes_after=sizes[name]) for name, entry in self.entries.items()})
+
     def summary(self) -> dict:
-        """Totals: bits per quantized weight and per weight of the model, bytes before and after."""
+        """Totals: bits per quantized weight and per weight that is stored, bytes before and after."""
         targets = self.targets()
         weights = sum(e.numel for e in targets)
+        stored = sum(e.numel for e in self.entries.values() if e.bytes_after)  # formats leave out what is not read
         after = sum(e.bytes_after for e in self.entries.values())
         return {
             "targets": len(targets),
             "quantized_weights": weights,
             "bits_per_quantized_weight": 8 * sum(e.bytes_after for e in targets) / max(weights, 1),
-            "bits_per_weight": 8 * after / sum(e.numel for e in self.entries.values()),
+            "bits_per_weight": 8 * after / stored,
             "bytes_before": sum(e.bytes_before for e in self.entries.values()),
             "bytes_after": after,
         }
 
     def to_json(self) -> str:
         """For `plan.json` of a run; `from_json` reads it back."""
-        entries = [
-            vars(e) | {"codebook": e.codebook and e.codebook.to_dict(), "bytes_after": e.bytes_after}
-            for e in self.entries.values()
-        ]
+        entries = [vars(e) | {"codebook": e.codebook and e.codebook.to_dict()} for e in self.entries.values()]
         return json.dumps({"summary": self.summary(), "entries": entries}, indent=1)
 
     @classmethod
@@ -100,7 +99,6 @@ class Plan:
         """Read a `plan.json`."""
         entries = {}
         for fields in json.loads(path.read_text())["entries"]:
-            del fields["bytes_after"]
             codebook = fields["codebook"] and Codebook.from_dict(fields["codebook"])
             entry = PlanEntry(**fields | {"codebook": codebook, "shape": tuple(fields["shape"])})
             entries[entry.name] = entry
@@ -126,7 +124,8 @@ def make_plan(
     """Apply `rules` to what is walked and can be quantized; raises `UserError` for a rule that cannot hold.
 
     `kurtosis` is that of weights by parameter name: of all `candidates(skeleton, rules)` at least; `limits`
-    are those of the config. `solved` are the bits of all `flexible(skeleton, rules)`.
+    are those of the config. `solved` are the bits of all `flexible(skeleton, rules)`. Bytes are those of codes and
+    scales at exact width, and of kept tensors as they are.
     """
     entries: dict[str, PlanEntry] = {}
     claimed: set[str] = set()
@@ -150,16 +149,19 @@ def make_plan(
                 bits = solved[name]
             codebook = _codebook(rule, bits, name, shape)
         before = sum(skeleton.checkpoint.tensors[source].nbytes for source in names)
+        after = before if codebook is None else codebook.nbytes(shape)
         claimed |= set(names)
         dtype = str(skeleton.checkpoint.tensors[names[0]].dtype).removeprefix("torch.")
         reason = _reason(target, deciding.get(name, []), skeleton)
         layer = _layer(name, skeleton.layer_names)
-        entries[name] = PlanEntry(name, shape, dtype, codebook, names, reason, str(roles[name]), layer, before, found)
+        role = str(roles[name])
+        entries[name] = PlanEntry(name, shape, dtype, codebook, names, reason, role, layer, before, after, found)
     for name, info in skeleton.checkpoint.tensors.items():
         if name not in claimed:  # tensors that transformers does not load, such as MTP
             dtype = str(info.dtype).removeprefix("torch.")
             role = str(role_of_unloaded(name, skeleton.layer_names))
-            entries[name] = PlanEntry(name, info.shape, dtype, None, [name], "not walked", role, None, info.nbytes)
+            size = info.nbytes
+            entries[name] = PlanEntry(name, info.shape, dtype, None, [name], "not walked", role, None, size, size)
     if not any(entry.codebook for entry in entries.values()):
         raise UserError("the plan quantizes nothing: its rules match only layers beyond model.max_layers, or keep all")
     return Plan(entries)

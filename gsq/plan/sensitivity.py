@@ -28,13 +28,13 @@ from gsq.codebook import Codebook
 from gsq.errors import UserError
 from gsq.eval.quality import divergences
 from gsq.files import write_whole
-from gsq.init.gptq import damped, gptq
+from gsq.init.gptq import damped, gptq, inverse_factor
 from gsq.init.polish import relative_error
 from gsq.model.skeleton import Skeleton
 
 CELLS = 50_000  # sizes that `solve` tells apart
 Unit = tuple[str, ...]  # parameters that share a width
-Widths = Mapping[int, Codebook]
+Widths = Mapping[int, Codebook]  # codebooks by their bits, alike but for levels
 
 
 class BudgetError(ValueError):
@@ -139,20 +139,18 @@ def solve(options: Sequence[Mapping[int | None, tuple[int, float]]], budget: int
 
 @dataclass(frozen=True)
 class Allocation:
-    """Units with what was measured of them, and their codebooks by width: all that a size needs to be solved for."""
+    """What was measured of units, and bytes of their parameters by width: all that a size needs to be solved for.
+
+    `weights` is the number of all weights in them.
+    """
 
     measured: Mapping[Unit, Sensitivity]
-    codebooks: Mapping[Unit, Mapping[str, Widths]]
-    shapes: Mapping[str, tuple[int, ...]]
-
-    @property
-    def weights(self) -> int:
-        """Weights of all units."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
+    sizes: Mapping[str, Mapping[int, int]]
+    weights: int
 
     def nbytes(self, unit: Unit, bits: int) -> int:
         """Bytes of a unit at a width, scales included."""
-        return sum(widths[bits].nbytes(self.shapes[name]) for name, widths in self.codebooks[unit].items())
+        return sum(self.sizes[name][bits] for name in unit)
 
     def solve(self, budget: int) -> dict[str, int]:
         """Bits by parameter with the least predicted KL in so many bytes; raises `BudgetError` if no widths fit."""
@@ -214,12 +212,14 @@ def _hessians(layer: nn.Module, index: int, stream: Stream, names: list[str], pr
 
 
 def _try_widths(weight: Tensor, hessian: Tensor, widths: Widths) -> tuple[Tensor, dict[int, float]]:
-    """A tensor at its narrowest width, dequantized, and its relative error at every width."""
+    """A tensor at its narrowest width, dequantized, and its relative error at every width; all have one basis."""
+    narrowest = widths[min(widths)]
+    batched = weight.float() if weight.ndim == 3 else weight.float()[None]
+    wanted, moments = narrowest.rotate(batched), narrowest.rotate_moments(hessian)
+    upper = inverse_factor(moments)
     errors, probe = {}, None
     for bits, codebook in sorted(widths.items()):
-        batched = weight.float() if weight.ndim == 3 else weight.float()[None]
-        wanted, moments = codebook.rotate(batched), codebook.rotate_moments(hessian)
-        found = gptq(wanted, moments, codebook)
+        found = gptq(wanted, moments, codebook, upper)
         errors[bits] = relative_error(wanted, found, moments)
         if probe is None:
             probe = found.dequantize().view(weight.shape)
