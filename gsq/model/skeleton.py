@@ -95,13 +95,19 @@ class Skeleton:
         return sound(parameter, tensor)
 
     def replace(self, parameter: str, weight: Tensor) -> None:
-        """Put `weight` into the model in place of the checkpoint's, for a parameter outside the decoder layers."""
-        weight = weight.to(self.device, self.dtype)
-        _set_parameter(self.model, parameter, nn.Parameter(weight, requires_grad=False))
+        """Put `weight` into the model in place of the checkpoint's, for a parameter outside the decoder layers.
+
+        A head that is tied to it gets it, too.
+        """
+        weight = nn.Parameter(weight.to(self.device, self.dtype), requires_grad=False)
+        head, shape = self.model.get_output_embeddings(), tuple(weight.shape)
+        _set_parameter(self.model, parameter, weight)
+        if head is not None and self.sources(self._path(head) + ".weight", shape) == self.sources(parameter, shape):
+            head.weight = weight
 
     def sources(self, parameter: str, shape: tuple[int, ...]) -> list[str]:
         """Names of the checkpoint's tensors that make up a parameter."""
-        for alias in _aliases(parameter):
+        for alias in aliases(parameter):
             found = sources(alias, shape, self.checkpoint.tensors)
             if found:
                 return found
@@ -221,7 +227,7 @@ class _Player(_StandIn):
         return self.hidden.to(hidden_states)
 
 
-def _aliases(parameter: str) -> Iterator[str]:
+def aliases(parameter: str) -> Iterator[str]:
     """Names under which checkpoints store a parameter: with and without the wrapper of multimodal models."""
     yield parameter
     if parameter.startswith("model.language_model."):
