@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gsq.kernels.hadamard import hadamard
+from gsq.kernels.hadamard import DTYPES, hadamard
 
 SEED = 42  # of the signs, in both formats
 
@@ -60,19 +60,15 @@ class Rotation:
         """The rotation of a single block of `tq`, which all blocks share."""
         return Rotation(self.kind, self.block, self.block)
 
-    def rotate(self, x: Tensor) -> Tensor:
-        """`x` `[..., width]` in the new basis, float32 `[..., columns]`."""
+    def rotate(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`x` `[..., width]` in the new basis, `[..., columns]` in `dtype`; the arithmetic is float32."""
         before, after = _signs(self, x.device)
-        x = x.float()
-        padded = torch.nn.functional.pad(x, (0, self.columns - self.width)) if self.columns > self.width else x
-        y = self._transform(padded * before)
-        return y if after is None else y.mul_(after)
+        return self._transform(x, before, after, self.width, self.columns, dtype)
 
-    def unrotate(self, y: Tensor) -> Tensor:
-        """Back from `y` `[..., columns]` to `[..., width]`, float32; what was padded is dropped."""
+    def unrotate(self, y: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Back from `y` `[..., columns]` to `[..., width]` in `dtype`; what was padded is dropped."""
         before, after = _signs(self, y.device)
-        x = self._transform(y.float() if after is None else y.float() * after)
-        return x.mul_(before)[..., : self.width]
+        return self._transform(y, after, before, self.columns, self.width, dtype)
 
     def rotate_moments(self, h: Tensor) -> Tensor:
         """`R H R^T` `[..., columns, columns]` of a symmetric `h` `[..., width, width]`.
@@ -89,12 +85,33 @@ class Rotation:
             torch.add(both, both.mT, out=target).div_(2)  # rounding must not leave it lopsided
         return turned
 
-    def _transform(self, x: Tensor) -> Tensor:
-        """Orthogonal Hadamard transform of every block of `x` `[..., columns]`."""
-        if self.kind == "tq":
-            return hadamard(x.unflatten(-1, (-1, self.block))).div_(math.sqrt(self.block)).flatten(-2)
-        parts = x.split(self.blocks, -1)
-        return torch.cat([hadamard(part).mul_(1.0 / part.shape[-1] ** 0.5) for part in parts], -1)
+    def _transform(
+        self, x: Tensor, before: Tensor | None, after: Tensor | None, width: int, columns: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Orthogonal Hadamard transform of every block of `x` `[..., width]`, between signs, cut to `columns`."""
+        if x.shape[-1] != width:
+            raise ValueError(f"a rotation of rows of {width} does not take rows of {x.shape[-1]}")
+        x = x if x.dtype in DTYPES else x.float()
+        out = torch.empty(*x.shape[:-1], columns, dtype=dtype, device=x.device)
+        divides, start = self.kind == "tq", 0
+        for size, block in self._runs:
+            run, first = slice(start, start + size), slice(start, start + block)
+            hadamard(
+                x[..., run],
+                block,
+                None if before is None else before[first],
+                None if after is None else after[first],
+                factor=1.0 if divides else 1.0 / block**0.5,
+                divisor=math.sqrt(block) if divides else 1.0,
+                out=out[..., run],
+            )
+            start += size
+        return out
+
+    @property
+    def _runs(self) -> list[tuple[int, int]]:
+        """Parts of a row that are transformed alike: their width, and the size of their blocks."""
+        return [(self.columns, self.block)] if self.kind == "tq" else [(size, size) for size in self.blocks]
 
     @cached_property
     def signs(self) -> tuple[Tensor, Tensor | None]:

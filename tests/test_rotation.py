@@ -65,6 +65,14 @@ def test_a_rotation_keeps_lengths_and_is_undone(rotation: Rotation):
     torch.testing.assert_close(rotation.unrotate(y), x, atol=1e-5, rtol=0)
 
 
+def test_a_rotation_takes_rows_of_its_width():
+    rotation = Rotation("tq", 70, 32)
+    with pytest.raises(ValueError, match="rows of 70 does not take rows of 96"):
+        rotation.rotate(random(2, 96))
+    with pytest.raises(ValueError, match="rows of 96 does not take rows of 70"):
+        rotation.unrotate(random(2, 70))
+
+
 @pytest.mark.parametrize("rotation", ROTATIONS, ids=str)
 def test_moments_turn_with_the_inputs(rotation: Rotation):
     x = random(200, rotation.width).double()
