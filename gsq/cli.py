@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -22,6 +24,7 @@ from gsq.errors import UserError
 if TYPE_CHECKING:  # commands import what they need, so that `gsq --help` is quick
     from gsq.plan.rules import Plan, PlanEntry
     from gsq.run import Run
+    from gsq.serve.verify import KernelReport
 
 app = typer.Typer(
     add_completion=False,
@@ -55,7 +58,10 @@ def quantize(
     from gsq.config import load_config
     from gsq.train import train
 
-    show_outcome(train(load_config(config, overrides), out, resume, started=show_start, progress=show_measuring))
+    with stopped_by_sigterm():
+        run = train(load_config(config, overrides), out, resume, started=show_start, progress=show_measuring)
+    if run:
+        show_outcome(run)
 
 
 @app.command()
@@ -108,13 +114,17 @@ def convert(
 def export(
     run: RunFolder,
     out: Annotated[Path, typer.Option(help="folder to write; must not exist")],
-    format: Annotated[str, typer.Option(help="on-disk format")] = "humming",
+    format: Annotated[str | None, typer.Option(help="on-disk format; default: the run's `export.format`")] = None,
 ) -> None:
     """Pack a finished run as a checkpoint that servers load."""
-    from gsq.export.base import export_run
+    from gsq.export.base import FORMATS, export_run
     from gsq.run import Run
 
-    show_written(export_run(Run.open(run).completed(), format, out))
+    finished = Run.open(run).completed()
+    chosen = format or finished.config.export.format
+    if chosen is None:
+        raise UserError(f"the config of {run} has no export.format; give one with --format: {', '.join(FORMATS)}")
+    show_written(export_run(finished, chosen, out))
 
 
 @app.command()
@@ -126,12 +136,26 @@ def dequantize(folder: ModelFolder, out: Annotated[Path, typer.Option(help="fold
 
 
 @app.command()
-def verify(folder: ModelFolder, run: Annotated[Path, typer.Option(help="run it was exported from")]) -> None:
-    """Read an export back with an independent decoder and compare it with its run, bit for bit."""
+def verify(
+    folder: ModelFolder,
+    run: Annotated[Path, typer.Option(help="run it was exported from")],
+    kernels: Annotated[bool, typer.Option("--kernels", help="also compute with the packed kernels")] = False,
+) -> None:
+    """Read an export back with an independent decoder and compare it with its run, bit for bit.
+
+    With --kernels also multiply with its packed weights, on the run's calibration tokens, and compare what comes out.
+    """
     from gsq.export.verify import verify
     from gsq.run import Run
 
-    console.print(str(verify(folder, Run.open(run).completed())))
+    finished = Run.open(run).completed()
+    console.print(str(verify(folder, finished)))
+    if kernels:
+        from gsq.device import activation_dtype, pick_device
+        from gsq.serve.verify import verify_kernels
+
+        device = pick_device()
+        show_kernels(verify_kernels(folder, finished, device, activation_dtype(device, finished.config.dtype)))
 
 
 @app.command("eval")
@@ -201,7 +225,7 @@ def show_outcome(run: Run) -> None:
 
     console.print(f"report: {run.folder / 'report.html'}")
     if run.config.export.format is None:
-        console.print(f"pack it: gsq export {run.folder} --out DIR")
+        console.print(f"pack it: gsq export {run.folder} --format FORMAT --out DIR")
         return
     folder = export_folder(run.folder, run.config)
     show_written(folder)
@@ -214,6 +238,47 @@ def show_written(folder: Path) -> None:
 
     total = inspect(folder)[-1]
     console.print(f"wrote {folder} · {units.size(total['bytes'])} · {total['bits per weight']:.2f} bits per weight")
+
+
+def show_kernels(report: KernelReport) -> None:
+    """Worst products by layer, and the whole model's."""
+    show_table(
+        {
+            "layer": "head" if layer.layer is None else str(layer.layer),
+            "products": str(len(layer.errors)),
+            "worst error": f"{layer.errors[layer.worst]:.1e}",
+            "rounding explains": f"{layer.limits[layer.worst]:.1e}",
+            "of": layer.worst,
+            "drift": f"{layer.drift:.1e}",
+        }
+        for layer in report.layers
+        if layer.errors
+    )
+    console.print(str(report))
+
+
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """Let a scheduler's SIGTERM end the program in good order, with a hint and exit code 0.
+
+    It may come at any moment: whatever is finished is on disk already, and files appear whole or not at all.
+    """
+
+    class Stopped(BaseException):
+        pass
+
+    def stop(*_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers send it more than once
+        raise Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except Stopped:
+        sys.stderr.write("stopped by SIGTERM; finished layers are kept: the same command with --resume goes on\n")
+        sys.exit(0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def show_measuring(done: int, layers: int) -> None:

@@ -250,6 +250,9 @@ class Refine(Section):
     )
     noise: float = Field(0.0, ge=0, description="amplitude of the Gumbel noise; 1 is the textbook's")
     checks: Positive = Field(4, description="times that the hard result is judged during a stage")
+    logits: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype of logits and momentum; bfloat16 takes half the memory, and rounds at random"
+    )
 
 
 class Export(Section):
@@ -267,6 +270,14 @@ class Eval(Section):
     text: str | None = Field(None, description="text file to measure on", json_schema_extra=FREE)
     windows: Positive = Field(20, description="windows of that text", json_schema_extra=FREE)
     length: Positive = Field(1024, description="tokens in a window", json_schema_extra=FREE)
+
+
+class Processes(Section):
+    """The processes of a run, where a launcher starts more than one."""
+
+    patience: float = Field(
+        30, gt=0, description="minutes that they wait for one of them before they give up", json_schema_extra=FREE
+    )
 
 
 class Tracking(Section):
@@ -290,6 +301,7 @@ class Config(Section):
     export: Export = Export()
     eval: Eval = Eval()
     tracking: Tracking = Tracking()
+    processes: Processes = Processes()
     run: str | None = Field(
         None, description="run folder; default: runs/<name of the config file>", json_schema_extra=FREE
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
 
@@ -11,7 +12,9 @@ import torch
 
 def pick_device() -> torch.device:
     """The accelerator of this process, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # which the launcher counts on each machine
 
 
 def activation_dtype(device: torch.device, wanted: str = "auto") -> torch.dtype:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import accumulate, takewhile
@@ -24,9 +24,10 @@ from gsq.calib.stream import Calls, Stream
 from gsq.codebook import Codebook, QuantizedTensor
 from gsq.errors import UserError
 from gsq.init.gptq import damped, gptq
-from gsq.init.polish import free_values, polish, relative_error
+from gsq.init.polish import free_values, polish, relative_error, row_errors
 from gsq.init.rtn import round_to_nearest
 from gsq.model.skeleton import SeenEnough
+from gsq.ranks import Ranks
 from gsq.refine.loop import Quantized, Refined, Schedule, refine
 from gsq.refine.objective import HessianObjective, Objective, OutputObjective, epochs, token_weights
 
@@ -77,11 +78,14 @@ class LayerWork:
 
     def __init__(
         self, index: int, original: nn.Module, stream: Stream, originals: Stream | None,
-        codebooks: dict[str, Codebook], recipe: Recipe, event: Event,
+        codebooks: dict[str, Codebook], recipe: Recipe, event: Event, ranks: Ranks,
     ):  # fmt: skip
-        """`codebooks` by the targets' names inside the layer; `event(kind, **fields)` takes what was measured."""
+        """`codebooks` by the targets' names inside the layer; `event(kind, **fields)` takes what was measured.
+
+        The streams hold this process's windows.
+        """
         self.index, self.original, self.stream, self.originals = index, original, stream, originals
-        self.codebooks, self.recipe, self.event = codebooks, recipe, event
+        self.codebooks, self.recipe, self.event, self.ranks = codebooks, recipe, event, ranks
         self.current = copy.deepcopy(original)
         self.timer = Timer()
         self.quantized: Quantized = {}
@@ -104,7 +108,7 @@ class LayerWork:
                     self._initialize(group)
             if self.recipe.objectives:
                 wanted = self._wanted_output(module_path, calls, behind, reached)
-                weights = token_weights(reached if behind is None else behind)
+                weights = token_weights(reached if behind is None else behind, self.ranks)
                 with self.timer("refine"):
                     self._refine(targets, module_path, calls, wanted, weights)
             for name in targets:
@@ -165,7 +169,7 @@ class LayerWork:
             try:
                 aim = joined if moments.cross is None else answer_original(joined, moments, hessian)
                 aim, hessian = codebook.rotate(aim), codebook.rotate_moments(hessian)
-                found, errors = self._quantize(aim, hessian, codebook)
+                found, errors = self._quantize(aim, hessian, codebook, given[0].ndim == 3)
             except torch.linalg.LinAlgError:
                 raise UserError(
                     f"layer {self.index}, {group[0]}: the Hessian is not positive definite; raise init.damping"
@@ -178,18 +182,30 @@ class LayerWork:
         if len(moments.tokens) > 1:
             self.event("coverage", layer=self.index, target=group[0], tokens=moments.tokens.tolist())
 
-    def _quantize(self, aim: Tensor, hessian: Tensor, codebook: Codebook) -> tuple[QuantizedTensor, dict]:
-        """RTN or GPTQ, then polish, all in the codebook's basis; with the relative error after each."""
+    def _quantize(
+        self, aim: Tensor, hessian: Tensor, codebook: Codebook, experts: bool
+    ) -> tuple[QuantizedTensor, dict]:
+        """RTN or GPTQ, then polish, all in the codebook's basis; with the relative error after each.
+
+        Each process does its own experts, or rows.
+        """
+        dim, ranks = 0 if experts else 1, self.ranks
+        length = aim.shape[dim]
+        span = ranks.span(length)
+        aim, hessian = (aim[span], hessian[span]) if experts else (aim[:, span], hessian)
+        [size] = ranks.total(float(((aim.float() @ hessian) * aim.float()).sum()))
+        relative = lambda q: ranks.total(float(row_errors(aim, q, hessian).sum()))[0] / max(size, 1e-30)  # noqa: E731
         importance = hessian.diagonal(dim1=-2, dim2=-1)[:, None]
         found = round_to_nearest(aim, codebook, importance)
-        errors = {"rtn": relative_error(aim, found, hessian), "gptq": None, "polish": None}
+        errors = {"rtn": relative(found), "gptq": None, "polish": None}
         if self.recipe.method == "gptq":
             found = gptq(aim, hessian, codebook)
-            errors["gptq"] = relative_error(aim, found, hessian)
+            errors["gptq"] = relative(found)
         if self.recipe.polish:
             found = polish(aim, found, hessian, self.recipe.polish)
-            errors["polish"] = relative_error(aim, found, hessian)
-        return found, errors
+            errors["polish"] = relative(found)
+        join = lambda own: ranks.joined(own.transpose(0, dim), length).transpose(0, dim)  # noqa: E731
+        return found.map(join), errors
 
     @torch.no_grad()
     def _observe(self, group: list[str]) -> Moments:
@@ -197,13 +213,18 @@ class LayerWork:
         first = self.current.get_parameter(group[0])
         fused = first.ndim == 3
         cross = self.recipe.answer_original and not fused  # experts see other tokens in the original model
-        moments = Moments(first.shape[0] if fused else 1, first.shape[-1], self.stream.hidden.device, cross)
-        for part in self._training_parts():
-            answers: dict[str, Tensor] = {}
-            if cross:
-                self._watch(self.original, self.originals, group[0], part, lambda e, x, a=answers: a.update(x=x))
-            add = lambda e, x, a=answers: moments.add(e, x, a.get("x"))  # noqa: E731
-            self._watch(self.current, self.stream, group[0], part, add)
+
+        def observe(moments: Moments, lane: range) -> None:
+            for part in self.stream.parts([lane]):
+                answers: dict[str, Tensor] = {}
+                if cross:
+                    self._watch(self.original, self.originals, group[0], part, lambda e, x, a=answers: a.update(x=x))
+                add = lambda e, x, a=answers: moments.add(e, x, a.get("x"))  # noqa: E731
+                self._watch(self.current, self.stream, group[0], part, add)
+
+        share, batch = self.stream.share, first.shape[0] if fused else 1
+        training = share.below(share.total - self.recipe.held_out)
+        moments = Moments.over(training, observe, self.ranks, batch, first.shape[-1], self.stream.hidden.device, cross)
         if not moments.tokens.any():
             raise UserError(
                 f"layer {self.index} never multiplies with {group[0]} as a Linear does (transposed or unused weights "
@@ -224,10 +245,6 @@ class LayerWork:
 
         with suppress(SeenEnough), ObserveLinears({name: weight}, seen):
             stream.run(layer, self.index, part)
-
-    def _training_parts(self) -> Iterable[slice]:
-        last = len(self.stream.tokens) - self.recipe.held_out
-        return (slice(p.start, min(p.stop, last)) for p in self.stream.parts() if p.start < last)
 
     def _wanted_output(self, module_path: str, calls: Calls, behind: Tensor | None, reached: Tensor) -> Tensor:
         """What the stage's module must put out, `[windows, length, H]`.
@@ -257,7 +274,7 @@ class LayerWork:
                 for name in targets:
                     self._set(name, init[name])
             refined = refine(
-                {inside[name]: self.quantized[name] for name in targets},
+                {inside[name]: self._own(self.quantized[name]) for name in targets},
                 {inside[name]: self._free_values(name) for name in targets},
                 objective,
                 schedule,
@@ -267,6 +284,7 @@ class LayerWork:
                     "step", layer=self.index, stage=module_path or "layer", objective=o, step=step,
                     steps=schedule.steps, loss=loss, lr=at.lr, tau=at.tau, kappa=at.kappa,
                 ),
+                {inside[name]: self._first(name) for name in targets},
             )  # fmt: skip
             self._take(refined, inside, module_path, objective_name, time.perf_counter() - start)
 
@@ -274,21 +292,25 @@ class LayerWork:
         self, name: str, inside: dict[str, str], module_path: str, calls: Calls, wanted: Tensor, weights: Tensor
     ) -> Objective:
         if name == "hessian":
+            own = {full: self._own_problem(full) for full in inside}
             return HessianObjective(
-                {short: self.wanted[full] for full, short in inside.items()},
-                {short: self.hessians[full] for full, short in inside.items()},
+                {short: own[full][0] for full, short in inside.items()},
+                {short: own[full][1] for full, short in inside.items()},
                 {short: self.codebooks[full] for full, short in inside.items()},
+                self.ranks,
             )
         module = self.current.get_submodule(module_path)
         recipe = self.recipe
         order = epochs(recipe.seed * 1009 + self.index)
         return OutputObjective(
-            module, calls, wanted, weights, recipe.held_out, recipe.windows_per_step, self.stream.batch, order
-        )
+            module, calls, wanted, weights, recipe.held_out, recipe.windows_per_step, self.stream.batch, order,
+            self.ranks, self.stream.share,
+        )  # fmt: skip
 
     def _take(self, refined: Refined, inside: dict[str, str], module_path: str, objective: str, seconds: float) -> None:
         for full, short in inside.items():
-            self._set(full, refined.targets[short])
+            whole = self.quantized[full].codes.shape[0]
+            self._set(full, refined.targets[short].map(lambda own, n=whole: self.ranks.joined(own, n)))
             self.errors[full]["gsq"] = relative_error(self.wanted[full], self._batched(full), self.hessians[full])
         self.event(
             "stage", layer=self.index, stage=module_path or "layer", objective=objective, error_init=refined.error_init,
@@ -297,12 +319,30 @@ class LayerWork:
         )  # fmt: skip
 
     def _error(self, objective: Objective, inside: dict[str, str], quantized: Quantized) -> float:
-        return objective.error({short: quantized[full].dequantize() for full, short in inside.items()})
+        return objective.error({short: self._own(quantized[full]).dequantize() for full, short in inside.items()})
+
+    def _own(self, quantized: QuantizedTensor) -> QuantizedTensor:
+        """This process's rows, or experts, of a target."""
+        span = self.ranks.span(quantized.codes.shape[0])
+        return quantized.map(lambda t: t[span])
+
+    def _first(self, name: str) -> int:
+        """Number of this process's first weight in a target."""
+        codes = self.quantized[name].codes
+        return self.ranks.span(len(codes)).start * codes[0].numel()
+
+    def _own_problem(self, name: str) -> tuple[Tensor, Tensor]:
+        """The wanted values `[batch, out, columns]` of this process's rows or experts, and their Hessians."""
+        wanted, hessian = self.wanted[name], self.hessians[name]
+        span = self.ranks.span(self.quantized[name].codes.shape[0])
+        experts = self.quantized[name].codes.ndim == 3
+        return (wanted[span], hessian[span]) if experts else (wanted[:, span], hessian)
 
     def _free_values(self, name: str) -> Tensor:
-        """Where each weight of a target would like to be, in its codebook's basis: the start of its logits."""
-        free = free_values(self.wanted[name], self._batched(name), self.hessians[name])
-        return free.view(self.quantized[name].codes.shape)
+        """Where each own weight of a target would like to be, in its codebook's basis: the start of its logits."""
+        (wanted, hessian), own = self._own_problem(name), self._own(self.quantized[name])
+        free = free_values(wanted, own.shaped(*wanted.shape[:-1]), hessian)
+        return free.view(own.codes.shape)
 
     def _batched(self, name: str) -> QuantizedTensor:
         """A target as it is now, as a batch `[batch, out, columns]`."""

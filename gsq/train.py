@@ -10,7 +10,6 @@ Then export, verify the export against the run, and measure it.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -41,8 +40,9 @@ from gsq.files import check_space
 from gsq.model.checkpoint import sound
 from gsq.model.resolve import load_tokenizer
 from gsq.model.skeleton import Skeleton
-from gsq.prepare import Progress, check_export, curve, opened, plan_of, run_folder, tokens_for
+from gsq.prepare import Progress, curve, exportable, opened, plan_of, run_folder, tokens_for
 from gsq.quantize import LayerWork, Recipe, quantized_layer
+from gsq.ranks import LANES, Ranks
 from gsq.refine.loop import Schedule
 from gsq.report import write_report
 from gsq.run import EXPORT, Run
@@ -55,38 +55,56 @@ def train(
     resume: bool = False,
     started: Callable[[Run, int], None] = lambda run, finished: None,
     progress: Progress = lambda done, layers: None,
-) -> Run:
-    """Quantize as `config` says, into run folder `folder` (default: the config's); returns the finished run.
+) -> Run | None:
+    """Quantize as `config` says, into run folder `folder` (default: the config's).
 
+    Returns the finished run; None in a process other than the first, which alone writes and reports.
     `started` is told of the run and its number of finished layers when all that can be checked was checked;
     `progress(done, layers)` of what is measured before that, if the plan asks for it.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("a run is one process as yet; start it with `accelerate launch --num_processes 1`")
     folder = folder or run_folder(config)
     keep_freed_memory()
-    device = pick_device()
+    ranks, device = Ranks.join(config.processes.patience), pick_device()
     dtype = str(activation_dtype(device, config.dtype)).removeprefix("torch.")
     config = config.model_copy(update={"dtype": dtype})  # the run remembers what `auto` was
-    skeleton = opened(config, device)
+    skeleton = ranks.errand(lambda: opened(config, device)) or opened(config, device)  # the first fetches it for all
+    check_shares(config, ranks)
     eval_windows(config, skeleton.checkpoint.folder)
-    if resume and folder.exists():
-        run = Run.resume(folder, config, skeleton.checkpoint)
-        check_export(config, run.source, run.plan)  # the format may be another one
-    else:
-        run = start(folder, config, skeleton, progress)
-    finished = len(run.finished())  # asked once: it reads every finished layer
-    check_space(folder, run.bytes_from(finished))
-    started(run, finished)
-    with tracker_for(run, finished) as tracker:
-        if not finished:
+    run = ranks.errand(lambda: begun(folder, config, skeleton, resume, progress)) or Run.open(folder)
+    run.config = config
+    [finished] = map(int, ranks.total(len(run.finished()) if ranks.first else 0))  # asked once: it reads every layer
+    if ranks.first:
+        check_space(folder, run.bytes_from(finished))
+        started(run, finished)
+    with tracker_for(run, finished, ranks.first) as tracker:
+        if not finished and ranks.first:
             tracker.event("plan", layers=skeleton.num_layers, **run.plan.summary())
             if found := curve(config, skeleton, run.plan):
                 tracker.event("curve", **found.to_dict())
         if finished < skeleton.num_layers:
-            walk(run, skeleton, finished, tracker.event)
-        finish(run, tracker.event)
-    return run
+            walk(run, skeleton, finished, tracker.event, ranks)
+        ranks.leave()
+        if ranks.first:
+            finish(run, tracker.event)
+    return run if ranks.first else None
+
+
+def check_shares(config: Config, ranks: Ranks) -> None:
+    """Raise `UserError` if there are more processes than windows to share out."""
+    if ranks.count > min(LANES, config.calib.windows):
+        raise UserError(
+            f"{ranks.count} processes cannot share the {config.calib.windows} windows of calib.windows, which run in "
+            f"{LANES} lanes; start at most {min(LANES, config.calib.windows)}"
+        )
+
+
+def begun(folder: Path, config: Config, skeleton: Skeleton, resume: bool, progress: Progress) -> Run:
+    """The run in `folder`, to be continued, or a new one."""
+    if resume and folder.exists():
+        run = Run.resume(folder, config, skeleton.checkpoint)
+        run.plan = exportable(config, run.source, run.plan)  # the format may be another one
+        return run
+    return start(folder, config, skeleton, progress)
 
 
 def start(folder: Path, config: Config, skeleton: Skeleton, progress: Progress) -> Run:
@@ -127,25 +145,27 @@ def export_folder(folder: Path, config: Config) -> Path:
     return Path(config.export.out) if config.export.out else folder / EXPORT
 
 
-def tracker_for(run: Run, finished: int) -> Tracker:
+def tracker_for(run: Run, finished: int, enabled: bool) -> Tracker:
     """Where a run reports to; what is already measured stays for the `finished` layers only."""
     config = run.config
     return Tracker(
-        run.folder, keep_layers=range(finished), wandb=config.tracking.wandb, project=config.tracking.project,
-        name=config.tracking.name, config=config.model_dump(mode="json"),
+        run.folder, enabled=enabled, keep_layers=range(finished), wandb=config.tracking.wandb,
+        project=config.tracking.project, name=config.tracking.name, config=config.model_dump(mode="json"),
     )  # fmt: skip
 
 
-def walk(run: Run, skeleton: Skeleton, finished: int, event: Callable[..., None]) -> None:
-    """Quantize the layers behind the `finished` ones, in order."""
+def walk(run: Run, skeleton: Skeleton, finished: int, event: Callable[..., None], ranks: Ranks) -> None:
+    """Quantize the layers behind the `finished` ones, in order; each process walks with its own windows."""
     config, plan = run.config, run.plan
     recipe = make_recipe(config)
-    originals = Stream(skeleton, run.tokens(), config.calib.batch) if recipe.needs_original else None
-    if not run.outside_finished():
-        run.save_layer(None, round_outside(run))
-    for name, quantized in run.load_layer(None).items():
-        skeleton.replace(name, quantized.dequantize())
-    stream = Stream(skeleton, run.tokens(), config.calib.batch)
+    tokens, batch = run.tokens(), config.calib.batch
+    share = ranks.share(len(tokens))
+    originals = Stream(skeleton, tokens, batch, share) if recipe.needs_original else None
+    ranks.errand(lambda: run.outside_finished() or run.save_layer(None, round_outside(run, skeleton.device)))
+    for entry in run.plan.targets():
+        if entry.layer is None and entry.role == "embedding":  # a walk does not reach the head
+            skeleton.replace(entry.name, run.load(entry.name).dequantize())
+    stream = Stream(skeleton, tokens, batch, share)
     for index in range(skeleton.num_layers):
         start, cpu_start = time.perf_counter(), time.process_time()
         layer = skeleton.load_layer(index)
@@ -156,7 +176,7 @@ def walk(run: Run, skeleton: Skeleton, finished: int, event: Callable[..., None]
             seconds = {}
         else:
             codebooks = {entry.name.removeprefix(prefix): entry.codebook for entry in plan.targets(index)}
-            work = LayerWork(index, layer, stream, originals, codebooks, recipe, event)
+            work = LayerWork(index, layer, stream, originals, codebooks, recipe, event, ranks)
             quantized, behind = work.run()
             seconds = work.timer.seconds
         before = time.perf_counter()
@@ -167,21 +187,24 @@ def walk(run: Run, skeleton: Skeleton, finished: int, event: Callable[..., None]
             seconds |= {"push": time.perf_counter() - before, "total": time.perf_counter() - start}
             cpu_seconds = time.process_time() - cpu_start  # of all threads; other programs leave it as it is
             named = {prefix + name: q for name, q in quantized.items()}
-            run.save_layer(index, named, seconds=seconds, cpu_seconds=cpu_seconds)
+            output_error = _distance(stream, originals, ranks)
             host, on_device = peak_memory(skeleton.device)
+            if ranks.first:
+                run.save_layer(index, named, seconds=seconds, cpu_seconds=cpu_seconds)
             event(
                 "layer", layer=index, layers=skeleton.num_layers, seconds=seconds, peak_rss_gb=host,
-                device_gb=on_device, output_error=_distance(stream, originals),
+                device_gb=on_device, output_error=output_error,
             )  # fmt: skip
 
 
-def round_outside(run: Run) -> dict[str, QuantizedTensor]:
+def round_outside(run: Run, device: torch.device) -> dict[str, QuantizedTensor]:
     """Embedding and head, if the plan quantizes them, rounded to nearest."""
     rounded = {}
     for entry in run.plan.targets():
         if entry.layer is None:
             source = entry.sources[0]
-            parts = (without_calibration(sound(source, w), entry.codebook) for w in run.source.parts(source))
+            weights = (sound(source, part).to(device) for part in run.source.parts(source))
+            parts = (without_calibration(part, entry.codebook) for part in weights)
             rounded[entry.name] = QuantizedTensor.stacked(list(parts))
     return rounded
 
@@ -200,16 +223,17 @@ def make_recipe(config: Config) -> Recipe:
     )  # fmt: skip
 
 
-def _distance(stream: Stream, originals: Stream | None) -> float | None:
+def _distance(stream: Stream, originals: Stream | None, ranks: Ranks) -> float | None:
     """Relative squared distance of the quantized hidden states from the original ones, averaged over tokens."""
     if originals is None:
         return None
-    parts = []
+    distance = 0.0
     for part in stream.parts():
         original = originals.hidden[part].float()
         difference = (stream.hidden[part].float() - original).square().sum(-1)
-        parts.append(difference / original.square().sum(-1).clamp_min(1e-30))
-    return float(torch.cat(parts).mean())
+        distance += float((difference / original.square().sum(-1).clamp_min(1e-30)).sum(dtype=torch.float64))
+    distance, tokens = ranks.total(distance, stream.tokens.numel())
+    return distance / tokens
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from gsq.export.verify import verify
 from gsq.model.checkpoint import SINGLE, Checkpoint
 from gsq.model.skeleton import Skeleton
 from gsq.quantize import quantized_layer
+from gsq.ranks import Ranks
 from gsq.refine.objective import token_weights
 from gsq.run import Run
 from gsq.tracking import read_metrics
@@ -184,7 +185,7 @@ def held_out_error(run: Run) -> float:
     wanted = stream.outputs(skeleton.load_layer(0), 0)
     stored = {name.removeprefix(skeleton.layer_names[0] + "."): q for name, q in run.load_layer(0).items()}
     difference = stream.outputs(quantized_layer(skeleton.load_layer(0), stored), 0) - wanted
-    weights = token_weights(wanted)[..., None]
+    weights = token_weights(wanted, Ranks())[..., None]
     parts = [(weights * x.square())[-HELD_OUT:].sum() for x in (difference, wanted)]
     return float(parts[0] / parts[1])
 

@@ -7,8 +7,16 @@ prefix's inputs are then `W C H^-1` (as in GPTAQ, https://arxiv.org/abs/2504.026
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+from gsq.ranks import Ranks, tree_sum
+
+T = TypeVar("T")
 
 CHUNK = 8192  # tokens turned to float32 at once
 
@@ -17,9 +25,18 @@ class Moments:
     """Accumulates `hessian` `[batch, in, in]`, `cross` of the same shape or None, and `tokens` `[batch]`."""
 
     def __init__(self, batch: int, in_features: int, device: torch.device, cross: bool = False):
-        self.hessian = torch.zeros(batch, in_features, in_features, device=device)
-        self.cross = torch.zeros_like(self.hessian) if cross else None
+        self._sums = torch.zeros(1 + cross, batch, in_features, in_features, device=device)
         self.tokens = torch.zeros(batch, dtype=torch.int64)
+
+    @property
+    def hessian(self) -> Tensor:
+        """`sum x x^T`."""
+        return self._sums[0]
+
+    @property
+    def cross(self) -> Tensor | None:
+        """`sum x' x^T`."""
+        return self._sums[1] if len(self._sums) > 1 else None
 
     def add(self, index: int, x: Tensor, original: Tensor | None = None) -> None:
         """Count `x` `[tokens, in]`, read by matrix `index` of the batch, and what the original model's reads."""
@@ -30,6 +47,25 @@ class Moments:
             self.hessian[index].addmm_(read.T, read)
             if self.cross is not None:
                 self.cross[index].addmm_(original[part].float().T, read)
+
+    @classmethod
+    def over(
+        cls, lanes: Sequence[T], observe: Callable[[Moments, T], None], ranks: Ranks,
+        batch: int, in_features: int, device: torch.device, cross: bool,
+    ) -> Moments:  # fmt: skip
+        """What all processes see: `observe(moments, lane)` counts what one lane of this process does."""
+        tokens = torch.zeros(batch, dtype=torch.int64)
+
+        def of_lane(lane: T) -> Tensor:
+            moments = cls(batch, in_features, device, cross)
+            observe(moments, lane)
+            tokens.add_(moments.tokens)
+            return moments._sums
+
+        whole = cls(0, 0, device)
+        whole._sums = ranks.sum(tree_sum([partial(of_lane, lane) for lane in lanes]))
+        whole.tokens = torch.tensor(ranks.total(*tokens.tolist())).long()
+        return whole
 
     def shrunk(self, prior: float) -> Tensor:
         """Hessians per token, those of matrices that saw few tokens drawn toward the mean of all, `[batch, in, in]`.

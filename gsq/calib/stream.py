@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gsq.model.skeleton import Skeleton, first_tensor
+from gsq.ranks import Share
 
 
 class Stream:
-    """Hidden states `[windows, length, H]` in front of a decoder layer, and the layers' other arguments."""
+    """Hidden states `[windows, length, H]` in front of a decoder layer, and the layers' other arguments.
 
-    def __init__(self, skeleton: Skeleton, tokens: Tensor, batch: int):
-        self.skeleton, self.tokens, self.batch = skeleton, tokens, batch
+    Of a process's `share` of all windows, in its order; by default of all `tokens` `[windows, length]`.
+    """
+
+    def __init__(self, skeleton: Skeleton, tokens: Tensor, batch: int, share: Share | None = None):
+        self.share = share or Share.whole(len(tokens))
+        self.skeleton, self.tokens, self.batch = skeleton, tokens[list(self.share.numbers)], batch
         self._kwargs: dict[int, list[dict]] = {}
         parts = []
         for part in self.parts():
-            hidden, kwargs = skeleton.embed(tokens[part])
+            hidden, kwargs = skeleton.embed(self.tokens[part])
             self._kwargs.setdefault(len(hidden), kwargs)
             parts.append(hidden)
         self.hidden = torch.cat(parts)
@@ -31,10 +36,11 @@ class Stream:
         other.hidden = self.hidden.clone()
         return other
 
-    def parts(self) -> Iterator[slice]:
-        """Windows in micro-batches."""
-        for start in range(0, len(self.tokens), self.batch):
-            yield slice(start, min(start + self.batch, len(self.tokens)))
+    def parts(self, lanes: Iterable[range] | None = None) -> Iterator[slice]:
+        """Windows in micro-batches, none of which holds windows of two lanes; of all `lanes` by default."""
+        for lane in self.share.lanes if lanes is None else lanes:
+            for start in range(lane.start, lane.stop, self.batch):
+                yield slice(start, min(start + self.batch, lane.stop))
 
     @torch.no_grad()
     def run(self, layer: nn.Module, index: int, part: slice) -> Tensor:

@@ -3,13 +3,16 @@
 `OutputObjective`: the stage's module must reproduce its wanted output, token by token.
 `HessianObjective`: `tr((W - Q) H (W - Q)^T)` of each target, exact over all calibration tokens
 at a cost that does not grow with them.
+
+Weights and gradients that cross this interface are a process's own rows (`gsq.ranks`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -18,6 +21,7 @@ from torch.func import functional_call
 
 from gsq.calib.stream import Calls
 from gsq.codebook import Codebook
+from gsq.ranks import Ranks, Share, tree_sum
 
 Weights = dict[str, Tensor]
 
@@ -44,12 +48,11 @@ class HessianObjective:
     wanted: Weights
     hessians: Weights
     codebooks: dict[str, Codebook]
+    ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self) -> None:
-        self._size = {
-            name: float(((w.float() @ self.hessians[name]) * w.float()).sum().clamp_min(1e-30))
-            for name, w in self.wanted.items()
-        }
+        own = [float(((w.float() @ self.hessians[name]) * w.float()).sum()) for name, w in self.wanted.items()]
+        self._size = {name: max(size, 1e-30) for name, size in zip(self.wanted, self.ranks.total(*own), strict=True)}
 
     def gradients(self, step: int, weights: Weights) -> tuple[float, Weights]:
         """Exact, the same at every step."""
@@ -62,7 +65,7 @@ class HessianObjective:
             loss += float((product * difference).sum()) / self._size[name]
             gradient = product * (2 / self._size[name] / len(weights))
             gradients[name] = codebook.unrotate(gradient.view_as(rotated))
-        return loss / len(weights), gradients
+        return self.ranks.total(loss / len(weights))[0], gradients
 
     def error(self, weights: Weights) -> float:
         """The objective itself: a Hessian has no held-out part."""
@@ -85,76 +88,124 @@ class OutputObjective:
         held_out: int,
         per_step: int,
         micro_batch: int,
-        order: Callable[[int, int, int], Tensor],
+        order: Callable[[int, int, int], list[int]],
+        ranks: Ranks | None = None,
+        share: Share | None = None,
     ):
-        """`wanted` `[windows, length, H]`; `token_weights` `[windows, length]`; the last `held_out` windows judge.
+        """`wanted` `[windows, length, H]` and `token_weights` `[windows, length]` of this process's `share`.
 
-        Each step takes `per_step` windows: `order(step, per_step, windows)` gives their indices.
+        Of all windows the last `held_out` judge, or all if there are none. Each step takes `per_step` of the
+        others: `order(step, per_step, windows)` gives their numbers.
         """
         self.module, self.calls, self.wanted, self.token_weights = module, calls, wanted, token_weights
-        self.training = len(wanted) - held_out
-        self.judges = torch.arange(self.training, len(wanted)) if held_out else torch.arange(len(wanted))
-        self.per_step, self.micro_batch, self.order = min(per_step, self.training), micro_batch, order
-        self._size = self._norm(torch.arange(len(wanted))) / len(wanted)  # of one window, on average
+        self.ranks, self.micro_batch, self.order = ranks or Ranks(), micro_batch, order
+        self.share = share or Share.whole(len(wanted))
+        windows = self.share.total
+        self.training = windows - held_out
+        self.per_step = min(per_step, self.training)
+        self.judges = range(self.training, windows) if held_out else range(windows)
+        self._size = self._norm(range(windows)) / windows  # of one window, on average
+        self._judged = self._norm(self.judges)
 
     def gradients(self, step: int, weights: Weights) -> tuple[float, Weights]:
         """Loss over this step's windows, relative to the size of the wanted output."""
-        dtype = self.wanted.dtype
-        leaves = {name: weight.detach().to(dtype).requires_grad_() for name, weight in weights.items()}
-        chosen = self.order(step, self.per_step, self.training)
-        total, sums = 0.0, {name: torch.zeros_like(leaf, dtype=torch.float32) for name, leaf in leaves.items()}
-        for windows in chosen.split(self.micro_batch):
-            loss = self._squared_error(leaves, windows) / (self._size * len(chosen))
+        leaves = {name: weight.requires_grad_() for name, weight in self._whole(weights).items()}
+        losses: list[float] = []
+        lanes = self.share.places(self.order(step, self.per_step, self.training))
+        whole = tree_sum([partial(self._lane_gradients, leaves, lane, losses) for lane in lanes])
+        if whole is None:  # the step has no window of this process
+            whole = self._nothing(leaves)
+        sums = {name: self.ranks.own_sum(part) for name, part in _views(whole, leaves).items()}
+        return self.ranks.total(sum(losses))[0], sums
+
+    def _lane_gradients(self, leaves: Weights, lane: list[int], losses: list[float]) -> Tensor | None:
+        """Sums over one lane's windows of all gradients, side by side; None if it has no windows.
+
+        In float32, so that the micro-batch's size does not matter.
+        """
+        if not lane:
+            return None
+        sums = self._nothing(leaves)
+        views = _views(sums, leaves)
+        for windows in torch.tensor(lane).split(self.micro_batch):
+            loss = self._squared_error(leaves, windows) / (self._size * self.per_step)
             loss.backward()
-            total += float(loss.detach())
-            for name, leaf in leaves.items():  # in float32, so that the micro-batch's size does not matter
+            losses.append(float(loss.detach()))
+            for name, leaf in leaves.items():
                 if leaf.grad is not None:
-                    sums[name] += leaf.grad
+                    views[name] += leaf.grad
                 leaf.grad = None
-        return total, sums
+        return sums
 
     @torch.no_grad()
     def error(self, weights: Weights) -> float:
         """Relative error on the held-out windows."""
-        dtype = self.wanted.dtype
-        leaves = {name: weight.to(dtype) for name, weight in weights.items()}
-        parts = self.judges.split(self.micro_batch)
-        return float(sum(self._squared_error(leaves, windows) for windows in parts)) / self._norm(self.judges)
+        leaves = self._whole(weights)
+        own = [float(self._squared_error(leaves, windows)) for windows in self._batches(self.judges)]
+        return self.ranks.total(sum(own))[0] / self._judged
+
+    def _whole(self, weights: Weights) -> Weights:
+        """The weights that the module multiplies with: the rows of all processes, in the activations' dtype."""
+        parts = {name: weight.detach().to(self.wanted.dtype) for name, weight in weights.items()}
+        return {n: self.ranks.joined(part, len(self.module.get_parameter(n))) for n, part in parts.items()}
+
+    def _nothing(self, leaves: Weights) -> Tensor:
+        return torch.zeros(sum(leaf.numel() for leaf in leaves.values()), device=self.wanted.device)
+
+    def _batches(self, numbers: Iterable[int]) -> Iterator[Tensor]:
+        """Places of those windows, of these `numbers`, that are this process's, in micro-batches."""
+        for lane in self.share.places(numbers):
+            if lane:
+                yield from torch.tensor(lane).split(self.micro_batch)
 
     def _squared_error(self, weights: Weights, windows: Tensor) -> Tensor:
         output = self.calls(lambda *args, **kwargs: functional_call(self.module, weights, args, kwargs), windows)
         difference = (output - self.wanted[windows]).float().square().sum(-1)
         return (difference * self.token_weights[windows]).sum()
 
-    def _norm(self, windows: Tensor) -> float:
-        size = self.wanted[windows].float().square().sum(-1)
-        return max(float((size * self.token_weights[windows]).sum()), 1e-30)
+    def _norm(self, numbers: Iterable[int]) -> float:
+        sizes = [
+            float((self.wanted[windows].float().square().sum(-1) * self.token_weights[windows]).sum())
+            for windows in self._batches(numbers)
+        ]
+        return max(self.ranks.total(sum(sizes))[0], 1e-30)
 
 
-def token_weights(residual: Tensor) -> Tensor:
+def _views(flat: Tensor, leaves: Weights) -> Weights:
+    """`flat` `[n]` as tensors of the shapes of `leaves`, one behind the other."""
+    parts = flat.split([leaf.numel() for leaf in leaves.values()])
+    return {name: part.view(leaf.shape) for (name, leaf), part in zip(leaves.items(), parts, strict=True)}
+
+
+def token_weights(residual: Tensor, ranks: Ranks) -> Tensor:
     """Weights `[windows, length]`, 1 on average, of tokens with `residual` `[windows, length, H]` behind the layer.
 
-    About equal for ordinary tokens, falling with the square of the size for massive ones.
+    About equal for ordinary tokens, falling with the square of the size for massive ones. The average is that
+    of all processes' windows.
     """
     size = residual.float().square().mean(-1)
-    weights = 1 / (size + size.median())
-    return weights / weights.mean()
+    median = ranks.concatenated(size).median()
+    weights = 1 / (size + median)
+    total, count = ranks.total(float(weights.sum(dtype=torch.float64)), weights.numel())
+    return weights * (count / total)
 
 
-def epochs(seed: int) -> Callable[[int, int, int], Tensor]:
-    """An order for `OutputObjective`: all windows, shuffled, then all of them shuffled anew, and so on.
+def epochs(seed: int) -> Callable[[int, int, int], list[int]]:
+    """An order for `OutputObjective`: each window once, shuffled, then each once more, shuffled anew, and so on.
 
-    Each step takes up where the one before it stopped; it depends on (seed, step) alone.
+    A step takes one window of every class of numbers that are alike modulo `per_step`, and each class has epochs
+    of its own: so processes that share out the windows in turns have equal shares of a step, whenever
+    their number divides `per_step`. Depends on (seed, step) alone.
     """
 
-    def order(step: int, per_step: int, windows: int) -> Tensor:
-        first, last = step * per_step // windows, ((step + 1) * per_step - 1) // windows
-        shuffled = [
-            torch.randperm(windows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-            for epoch in range(first, last + 1)
-        ]
-        place = step * per_step - first * windows
-        return torch.cat(shuffled)[place : place + per_step]
+    def order(step: int, per_step: int, windows: int) -> list[int]:
+        chosen = []
+        for start in range(per_step):
+            alike = range(start, windows, per_step)
+            epoch, place = divmod(step, len(alike))
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 1009 + start)
+            chosen.append(alike[int(torch.randperm(len(alike), generator=generator)[place])])
+        return chosen
 
     return order
 
