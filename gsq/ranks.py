@@ -31,7 +31,7 @@ from gsq.errors import UserError
 
 LANES = 8
 ALONE = timedelta(days=7)  # for what the first process does while the others wait
-ROLL_CALL = timedelta(seconds=20)
+ROLL_CALL = timedelta(seconds=10)
 T = TypeVar("T")
 
 

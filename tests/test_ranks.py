@@ -51,7 +51,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "refine": {"objective": "both", "steps": 4, "windows": 8, "lr": 0.004, "noise": 0.5},
         "export": {"format": "mlx"},
-        "processes": {"patience": 0.5},
+        "processes": {"patience": 5},
         "dtype": "float32",
     }
     (folder / "recipe.yaml").write_text(json.dumps(settings))
@@ -73,7 +73,7 @@ def written(run: Path) -> dict[str, bytes]:
 
 
 def start(processes: int, recipe: Path, run: Path, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
     arguments = [str(TRAIN), str(recipe), "--out", str(run), *more]
     return subprocess.Popen(
         [*command, *arguments], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -125,7 +125,7 @@ def test_killed_process_ends_all_and_the_run_goes_on_with_another_number(recipe:
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_stopped_process_is_named(recipe: Path, tmp_path: Path):
     run = tmp_path / "run"
-    process = start(2, recipe, run, "--set", "processes.patience=0.1", "--set", "refine.steps=4000")
+    process = start(2, recipe, run, "--set", "processes.patience=0.4", "--set", "refine.steps=4000")
     while not (run / "metrics.jsonl").exists() or '"step"' not in (run / "metrics.jsonl").read_text():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
