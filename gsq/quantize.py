@@ -285,6 +285,7 @@ class LayerWork:
                     steps=schedule.steps, loss=loss, lr=at.lr, tau=at.tau, kappa=at.kappa,
                 ),
                 {inside[name]: self._first(name) for name in targets},
+                wanted.dtype if objective_name == "output" else torch.float32,
             )  # fmt: skip
             self._take(refined, inside, module_path, objective_name, time.perf_counter() - start)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from gsq.init.polish import free_values
 from gsq.init.rtn import round_to_nearest
 from gsq.kernels import relaxation
 from gsq.kernels.relaxation import gumbel_noise, philox
+from gsq.ranks import Ranks
 from gsq.refine.gumbel import Relaxation, Temperature
 from gsq.refine.loop import Refined, Schedule, refine
 from gsq.refine.objective import HessianObjective, OutputObjective, epochs, token_weights
@@ -49,10 +51,10 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def relax(
     start: QuantizedTensor, wanted: Tensor, gap: float = 0.06, decay: float = 0.0, seed: int = 0, stream: int = 0,
-    noise: float = NOISE, betas: tuple[float, float] = (0.9, 0.95),
+    noise: float = NOISE, betas: tuple[float, float] = (0.9, 0.95), first: int = 0, dtype: torch.dtype = torch.float32,
 ) -> Relaxation:  # fmt: skip
     """The one place that knows how a relaxation is constructed."""
-    return Relaxation(start, wanted, gap, decay, betas, seed, stream, noise)
+    return Relaxation(start, wanted, gap, decay, betas, seed, stream, noise, first, dtype)
 
 
 def scattered(codebook: Codebook, *shape: int, seed: int = 0) -> QuantizedTensor:
@@ -109,7 +111,7 @@ def plain_soft(
 @codebooks
 @pytest.mark.parametrize("noise", [NOISE, SILENT])
 def test_gradients_are_those_of_autograd(codebook: Codebook, noise: float, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(relaxation, "CHUNK", 48)
+    monkeypatch.setitem(relaxation.CHUNK, "cpu", 48)
     start = scattered(codebook, 2, 3, 32)
     r = relax(start, near(start), noise=noise, seed=5, stream=7)
     for index, parameter in enumerate(moving(r)):
@@ -130,17 +132,27 @@ def test_gradients_are_those_of_autograd(codebook: Codebook, noise: float, monke
 
 
 @codebooks
-@pytest.mark.parametrize("noise", [NOISE, SILENT])
-def test_before_the_first_step_the_hard_result_is_the_start(codebook: Codebook, noise: float):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_before_the_first_step_the_hard_result_is_the_start(codebook: Codebook, dtype: torch.dtype):
     start = scattered(codebook, 4, 6, 64)
     start.scales[0, 1] = 0
     if codebook.offset:
         start.offsets[1] *= 1e-4  # far smaller than the scales
     far = start.dequantize() + 50 * codebook.expand(start.scales.float()) * random(4, 6, 64)
     for wanted in (near(start), start.dequantize(), far, torch.zeros(4, 6, 64)):
-        found = relax(start, wanted, noise=noise).hard()
+        relaxed = relax(start, wanted, dtype=dtype)
+        assert relaxed.logits.dtype == dtype
+        found = relaxed.hard()
         assert same({"": found}, {"": start})
         assert {part.dtype for part in parts(found)[1:]} == {codebook.scale_dtype}
+
+
+@codebooks
+def test_starting_logits_do_not_depend_on_how_they_are_cut(codebook: Codebook, monkeypatch: pytest.MonkeyPatch):
+    start = scattered(codebook, 2, 3, 32)
+    whole = relax(start, near(start)).logits
+    monkeypatch.setitem(relaxation.CHUNK, "cpu", 50)  # three groups, and a rest that is too small for one
+    assert torch.equal(relax(start, near(start)).logits, whole)
 
 
 @pytest.mark.parametrize("away", [1e4, 1e30])
@@ -151,10 +163,36 @@ def test_the_hard_result_is_the_start_even_if_wanted_is_far_away(away: float):
 
 
 def test_the_likeliest_level_is_the_first_of_the_largest(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(relaxation, "CHUNK", 7)
+    monkeypatch.setitem(relaxation.CHUNK, "cpu", 7)
     logits = torch.randint(0, 3, (5, 100), generator=torch.Generator().manual_seed(0)).float()
     expected = [row.index(max(row)) for row in logits.T.tolist()]
     assert relaxation.likeliest(logits).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["2 bits", "8 bits, a window", "affine, 3 bits"])
+def test_rows_refined_apart_are_those_of_the_whole(name: str, dtype: torch.dtype):
+    """As processes do: each draws by the number that a weight has in the whole target."""
+    start = scattered(CODEBOOKS[name], 6, 32)
+    wanted, gradient = near(start), random(6, 32, seed=4)
+    whole = relax(start, wanted, dtype=dtype)
+    parts = [relax(start.rows(a, b), wanted[a:b], first=32 * a, dtype=dtype) for a, b in ((0, 2), (2, 6))]
+    for step in range(3):
+        assert torch.equal(torch.cat([part.soft(step, MILD) for part in parts]), whole.soft(step, MILD))
+        for relaxed, own in zip([*parts, whole], [gradient[:2], gradient[2:], gradient], strict=True):
+            relaxed.update(own, MILD)
+    assert torch.equal(torch.cat([part.logits for part in parts], 1), whole.logits)
+    assert same({"": QuantizedTensor.stacked([part.hard() for part in parts])}, {"": whole.hard()})
+
+
+@pytest.mark.parametrize("codebook", [CODEBOOKS["2 bits"], CODEBOOKS["affine, 2 bits"], Codebook.tq(3, 16, 64)])
+def test_soft_weights_are_given_in_any_dtype(codebook: Codebook):
+    start = scattered(codebook, 4, 64)
+    exact, rounded = (relax(start, near(start)) for _ in range(2))
+    assert torch.equal(rounded.soft(2, MILD, torch.bfloat16), exact.soft(2, MILD).bfloat16())
+    for r in (exact, rounded):
+        r.update(random(4, 64), MILD)
+    assert torch.equal(rounded.log_scales.grad, exact.log_scales.grad)
 
 
 @codebooks
@@ -228,14 +266,14 @@ def test_noise_is_drawn_from_seed_stream_and_step_alone(codebook: Codebook, monk
         assert not torch.isclose(drawn, other).all(-1).any()
     assert not torch.equal(drawn, soft(2, noise=SILENT))
     assert torch.equal(soft(2, noise=SILENT), soft(5, seed=9, stream=9, noise=SILENT))
-    monkeypatch.setattr(relaxation, "CHUNK", 32)
+    monkeypatch.setitem(relaxation.CHUNK, "cpu", 32)
     assert torch.equal(drawn, soft(2, seed=1, stream=3))
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0])
 @pytest.mark.parametrize("name", ["3 bits", "affine, 3 bits"])
 def test_logits_scales_and_offsets_step_as_lion_does(name: str, decay: float, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(relaxation, "CHUNK", 48)
+    monkeypatch.setitem(relaxation.CHUNK, "cpu", 48)
     codebook, betas = CODEBOOKS[name], (0.8, 0.95)
     start = scattered(codebook, 6, 32)
     r = relax(start, near(start), decay=decay, betas=betas)
@@ -247,8 +285,9 @@ def test_logits_scales_and_offsets_step_as_lion_does(name: str, decay: float, mo
         gradient = random(6, 32, seed=step)
         r.soft(step, at)
         outer = (gradient.view(-1, 16) * r._scales()[:, None]).view(-1)
-        logits.grad = r._slope * outer * (at.kappa / at.tau)
-        products = [gradient * r._soft.view(6, 32), gradient]  # Lion does not see by what a group's sum is multiplied
+        logits.grad = r._tape.slope * outer * (at.kappa / at.tau)
+        soft = r._tape.weights.view(6, 32)
+        products = [gradient * soft, gradient]  # Lion does not see by what a group's sum is multiplied
         for leaf, product in zip(leaves, products, strict=False):
             leaf.grad = product.view(-1, 16).sum(1)
         reference.param_groups[0]["lr"], for_groups.param_groups[0]["lr"] = at.lr, at.scale_lr
@@ -463,13 +502,13 @@ class Experts(nn.Module):
 WINDOWS, LENGTH, SIZE = 12, 32, 16
 
 
-def in_order(step: int, per_step: int, windows: int) -> Tensor:
-    return (torch.arange(per_step) + step) % windows
+def in_order(step: int, per_step: int, windows: int) -> list[int]:
+    return [(place + step) % windows for place in range(per_step)]
 
 
 def output_objective(
     module: nn.Module, held_out: int = 4, per_step: int = 8, micro_batch: int = 3, massive: float = 1.0,
-    order: Callable[[int, int, int], Tensor] = in_order,
+    order: Callable[[int, int, int], list[int]] = in_order,
 ) -> tuple[OutputObjective, Tensor]:  # fmt: skip
     """An objective whose module was recorded as a run records it, and the inputs that it saw."""
     x = random(WINDOWS, LENGTH, SIZE, seed=9)
@@ -482,7 +521,7 @@ def output_objective(
             module(part)
     handle.remove()
     calls.finish()
-    weights = token_weights(calls.outputs)
+    weights = token_weights(calls.outputs, Ranks())
     return OutputObjective(module, calls, calls.outputs, weights, held_out, per_step, micro_batch, order), x
 
 
@@ -554,7 +593,7 @@ def test_a_target_that_no_token_reaches_has_no_gradient():
 def test_token_weights_are_even_for_ordinary_tokens_and_small_for_massive_ones():
     residual = random(20, 50, 256)
     residual[3, 7] *= 1000
-    weights = token_weights(residual.bfloat16())
+    weights = token_weights(residual.bfloat16(), Ranks())
     assert float(weights.mean()) == pytest.approx(1.0, rel=1e-5)
     ordinary = weights[weights > 1e-3]
     assert len(ordinary) == 999
@@ -563,14 +602,23 @@ def test_token_weights_are_even_for_ordinary_tokens_and_small_for_massive_ones()
     assert float(weights[3, 7]) == pytest.approx(2e-6, rel=0.3)
 
 
-@pytest.mark.parametrize("per_step", [1, 5, 8, 20])
+@pytest.mark.parametrize("per_step", [1, 4, 10, 20])
 def test_epochs_show_every_window_once_before_any_again(per_step):
     order = epochs(7)
-    seen = torch.cat([order(step, per_step, 20) for step in range(math.ceil(40 / per_step))])
-    assert sorted(seen[:20].tolist()) == sorted(seen[20:40].tolist()) == list(range(20))
-    assert not torch.equal(seen[:20], seen[20:40])
-    assert torch.equal(order(1, per_step, 20), seen[per_step : 2 * per_step])  # whatever was asked before
-    assert not torch.equal(order(0, 20, 20), epochs(8)(0, 20, 20))
+    seen = [window for step in range(40 // per_step) for window in order(step, per_step, 20)]
+    assert sorted(seen[:20]) == sorted(seen[20:]) == list(range(20))
+    assert seen[:20] != seen[20:] or per_step == 20  # all at once have no order
+    assert order(1, per_step, 20) == seen[per_step : 2 * per_step]  # whatever was asked before
+    assert per_step == 20 or order(0, per_step, 20) != epochs(8)(0, per_step, 20)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_processes_have_equal_shares_of_every_step(ranks: int):
+    shares = [Ranks(index, ranks).share(21) for index in range(ranks)]
+    for step in range(10):
+        chosen = epochs(3)(step, 8, 21)
+        assert len(set(chosen)) == 8
+        assert [sum(map(len, share.places(chosen))) for share in shares] == [8 // ranks] * ranks
 
 
 # The loop
@@ -601,7 +649,7 @@ CASES = {
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-def run(case: tuple, schedule: Schedule, seed: int = 0, **more: Callable) -> Refined:
+def run(case: tuple, schedule: Schedule, seed: int = 0, **more: Any) -> Refined:
     start, free, objective = case
     return refine(start, free, objective, schedule, seed, {name: i for i, name in enumerate(start)}, **more)
 
@@ -626,6 +674,41 @@ def test_refinement_improves(name: str):
     check(found, case())
     assert found.error_final < share * found.error_init
     assert 0 < found.best_step <= 60
+
+
+def test_refinement_improves_with_bfloat16_logits():
+    """Though most of its steps are smaller than what bfloat16 can tell apart."""
+    given, schedule = hessian_case(), Schedule(60, logits="bfloat16")
+    found = run(given, schedule)
+    check(found, given)
+    assert found.error_final < 0.8 * found.error_init
+    assert same(found.targets, run(hessian_case(), schedule).targets)
+    assert not same(found.targets, run(hessian_case(), schedule, seed=1).targets)
+
+
+def test_an_objective_is_given_the_dtype_that_it_takes():
+    start, free, objective = hessian_case()
+    seen = []
+
+    class Narrow:
+        """Takes note of what it is given."""
+
+        def gradients(self, step: int, weights: dict) -> tuple[float, dict]:
+            seen.extend(weight.dtype for weight in weights.values())
+            return objective.gradients(step, weights)
+
+        error = staticmethod(objective.error)
+
+    found = run((start, free, Narrow()), Schedule(60), dtype=torch.bfloat16)
+    assert set(seen) == {torch.bfloat16}
+    assert found.error_final < 0.8 * found.error_init
+
+
+def test_weights_are_drawn_for_by_their_numbers_in_the_whole_target():
+    schedule, places = Schedule(30, noise=NOISE), {"a": 8 * 64, "b": 0}
+    first, moved = run(hessian_case(), schedule), run(hessian_case(), schedule, firsts=places)
+    assert not same({"a": first.targets["a"]}, {"a": moved.targets["a"]})
+    assert same({"b": first.targets["b"]}, {"b": moved.targets["b"]})
 
 
 @codebooks

@@ -17,10 +17,12 @@ from torch import Tensor
 from gsq.codebook import QuantizedTensor
 from gsq.kernels import relaxation
 
-FULL = 8  # codebooks up to this size are relaxed over all levels
+FULL = relaxation.MOST  # codebooks up to this size are relaxed over all levels
 WINDOW = 5  # larger ones over the neighbours of the initial level
 MARGIN = 0.01  # of the gap: the least lead of the initial code
 FLOOR = 4.0  # gaps: the greatest lead of the initial code
+MOMENTUM = {"cpu": torch.float32}  # a CPU would only lose time with conversions,
+ELSEWHERE = torch.bfloat16  # elsewhere fewer bytes are moved; results are as good
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class Relaxation:
 
     `wanted` `[..., out, columns]` is the value that each weight would take were it free and all others
     fixed (`gsq.init.polish.free_values`); a level one step away from it starts `gap` below it.
-    `noise` is the amplitude of the Gumbel noise; `seed` and `stream` name it, and `stream` must
-    differ between targets.
+    `noise` is the amplitude of the Gumbel noise; `seed` and `stream` name all that is drawn, and `stream`
+    must differ between targets, or `first`, the number of the first weight, between parts of one.
+    `dtype` of the logits is float32 or bfloat16.
     """
 
     def __init__(
@@ -54,77 +57,73 @@ class Relaxation:
         seed: int,
         stream: int,
         noise: float,
+        first: int = 0,
+        dtype: torch.dtype = torch.float32,
     ):
         self.codebook, self.shape = start.codebook, start.codes.shape
         self.device = start.codes.device
         self.levels = self.codebook.level_table(self.device) - self.codebook.center
         self.weight_decay, self.betas = weight_decay, betas
-        self.seed, self.stream, self.noise = seed, stream, noise
-        codes = start.codes.reshape(-1).int()
-        count = len(self.levels) if len(self.levels) <= FULL else WINDOW
+        self.seed, self.stream, self.noise, self.first = seed, stream, noise, first
+        codes, table = start.codes.reshape(-1), len(self.levels)
         self.window = None
-        if count < len(self.levels):
-            self.window = (codes - WINDOW // 2).clamp(0, len(self.levels) - WINDOW).to(torch.uint8)
-            codes = codes - self.window.int()
-        self.logits = self._starting_logits(start, codes, count, gap, wanted)
-        self.momentum = torch.zeros_like(self.logits)
+        if table > FULL:  # in bytes throughout: the least code is raised before it is lowered
+            half = WINDOW // 2
+            self.window = codes.clamp(half, table - WINDOW + half).sub_(half)
         self.start_scales = start.scales.float().reshape(-1)
-        self.log_scales = torch.zeros_like(self.start_scales).requires_grad_()
-        moving = [self.log_scales]
+        moving = [torch.zeros_like(self.start_scales).requires_grad_() for _ in range(1 + self.codebook.offset)]
+        self.log_scales = moving[0]
         if self.codebook.offset:  # a step moves a group as far as the same step of its scale moves its last level
-            self.start_offsets = start.offsets.float().reshape(-1)
             self.start_centers = start.centers().reshape(-1)
+            self.start_offsets = start.offsets.float().reshape(-1)
             self.reach = self.start_scales.abs() * self.levels[-1]
-            self.shifts = torch.zeros_like(self.start_scales).requires_grad_()
-            moving.append(self.shifts)
+            self.shifts = moving[1]
+        self.logits = self._starting_logits(codes, wanted.reshape(-1), gap, dtype)
+        self.momentum = torch.zeros_like(self.logits, dtype=MOMENTUM.get(self.device.type, ELSEWHERE))
         self.optimizer = Lion(moving, lr=1.0, betas=betas, weight_decay=0.0)
-        self._slope: Tensor | None = None
-        self._soft: Tensor | None = None
+        self._draw: relaxation.Draw | None = None
+        self._tape: relaxation.Tape | None = None
 
-    def _starting_logits(self, start: QuantizedTensor, codes: Tensor, count: int, gap: float, wanted: Tensor) -> Tensor:
-        """`-gap ((wanted / scale - level) / step)^2`, with the initial code on top by a hair at least.
+    def _starting_logits(self, codes: Tensor, wanted: Tensor, gap: float, dtype: torch.dtype) -> Tensor:
+        """Logits `[K, N]` of `codes` and `wanted` `[N]`, worked out part by part."""
+        count, group = len(self.levels) if self.window is None else WINDOW, self.codebook.group_size
+        logits = torch.empty(count, len(codes), dtype=dtype, device=self.device)
+        for part in relaxation.parts(len(codes), self.device, multiple=group):
+            groups = slice(part.start // group, part.stop // group)
+            values = wanted[part].float().view(-1, group)
+            if self.codebook.offset:
+                values = values - self.start_centers[groups, None]
+            scales = self.start_scales[groups, None]
+            units = (values / torch.where(scales == 0, torch.inf, scales)).view(-1)
+            lowest = torch.zeros_like(codes[part]) if self.window is None else self.window[part]
+            logits[:, part] = starting_logits(units, codes[part], lowest, self.levels, count, gap)
+        return logits
 
-        `step` is the mean distance of neighbouring levels.
-        """
-        step = (self.levels[-1] - self.levels[0]) / (len(self.levels) - 1)
-        scale = self.codebook.expand(start.scales.float()).reshape(-1)
-        beyond = 2 * FLOOR * step + self.levels.abs().max()  # every level has reached the floor; keeps the sums exact
-        wanted = wanted.float() - self.codebook.expand(start.centers()) if self.codebook.offset else wanted.float()
-        u = (wanted.reshape(-1) / torch.where(scale == 0, torch.inf, scale)).clamp_(-beyond, beyond)
-        index = torch.arange(count, device=self.device)[:, None]
-        level = self.levels[index if self.window is None else self.window.long()[None] + index]
-        logits = (u - level).div_(step).square_().mul_(-gap)
-        chosen = codes[None].long()
-        others = logits.scatter(0, chosen, -torch.inf).amax(0, keepdim=True)
-        logits.scatter_(0, chosen, torch.maximum(logits.gather(0, chosen), others + MARGIN * gap))
-        return logits.sub_(logits.amax(0)).clamp_min_(-FLOOR * gap)
-
-    def soft(self, step: int, at: Temperature) -> Tensor:
-        """Soft weights `[..., out, in]`, float32, of one draw of the noise, as the module takes them."""
-        group = self.codebook.group_size
-        self._soft, self._slope = relaxation.soften(
-            self.logits, self.levels, self.window, self._scales(), group, at.tau, at.kappa,
-            (self.seed, self.stream, step), self.noise,
+    def soft(self, step: int, at: Temperature, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Soft weights `[..., out, in]` in `dtype`, of one draw of the noise, as the module takes them."""
+        codebook = self.codebook
+        self._draw = relaxation.Draw(
+            self.levels, self.window, self._scales(), codebook.group_size, at.tau, at.kappa,
+            self.noise, (self.seed, self.stream, step), self.first,
         )  # fmt: skip
-        soft = self._soft
-        if self.codebook.offset:
-            soft = (soft.view(-1, group) + self._centers()[:, None]).view(-1)
-        return self.codebook.unrotate(soft.view(self.shape))
+        final = codebook.rotation is None and not codebook.offset
+        soft, self._tape = relaxation.soften(self.logits, self._draw, dtype if final else torch.float32)
+        if codebook.offset:
+            soft = (soft.view(-1, codebook.group_size) + self._centers()[:, None]).view(-1)
+        return codebook.unrotate(soft.view(self.shape)).to(dtype)
 
     def update(self, gradient: Tensor, at: Temperature) -> None:
         """One Lion step, given dL/dw `[..., out, in]` at the weights that `soft` returned."""
-        gradient, group, scales = self.codebook.rotate(gradient).float(), self.codebook.group_size, self._scales()
-        gradient = gradient.reshape(-1)
-        self.log_scales.grad = (gradient * self._soft).view(-1, group).sum(1)  # dw / dlog(scale) = w - center
-        if self.codebook.offset:
-            self.shifts.grad = gradient.view(-1, group).sum(1) * self.reach
-        relaxation.lion_step(
-            self.logits, self.momentum, self._slope, gradient, scales, group,
-            at.kappa / at.tau, at.lr, self.weight_decay, self.betas,
+        by_scale, by_offset = relaxation.lion_step(
+            self.logits, self.momentum, self.codebook.rotate(gradient).reshape(-1), self._draw, self._tape,
+            at.lr, self.weight_decay, self.betas,
         )  # fmt: skip
+        self.log_scales.grad = by_scale  # dw / dlog(scale) = w - center
+        if self.codebook.offset:
+            self.shifts.grad = by_offset * self.reach
         self.optimizer.param_groups[0]["lr"] = at.scale_lr
         self.optimizer.step()
-        self._soft = self._slope = None
+        self._draw = self._tape = None
 
     def hard(self) -> QuantizedTensor:
         """The quantized tensor that the logits now stand for, scales rounded to their stored dtype."""
@@ -143,3 +142,20 @@ class Relaxation:
 
     def _centers(self) -> Tensor:
         return self.start_centers + self.reach * self.shifts.detach()
+
+
+def starting_logits(units: Tensor, codes: Tensor, lowest: Tensor, levels: Tensor, count: int, gap: float) -> Tensor:
+    """`-gap ((units - level) / step)^2` `[count, n]`, with the code on top by a hair at least.
+
+    `units` `[n]` is where the weights would like to be, in units of their scales; `codes` and `lowest`
+    uint8 `[n]` are the level where they are, and that of the first logit. `step` is the mean distance of
+    neighbouring levels.
+    """
+    step = (levels[-1] - levels[0]) / (len(levels) - 1)
+    beyond = 2 * FLOOR * step + levels.abs().max()  # every level has reached the floor; keeps the sums exact
+    level = levels[lowest.int()[None] + torch.arange(count, dtype=torch.int32, device=levels.device)[:, None]]
+    logits = (units.clamp(-beyond, beyond) - level).div_(step).square_().mul_(-gap)
+    chosen = (codes - lowest)[None].long()
+    others = logits.scatter(0, chosen, -torch.inf).amax(0, keepdim=True)
+    logits.scatter_(0, chosen, torch.maximum(logits.gather(0, chosen), others + MARGIN * gap))
+    return logits.sub_(logits.amax(0)).clamp_min_(-FLOOR * gap)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
+
+import torch
 
 from gsq.codebook import QuantizedTensor
 from gsq.refine.gumbel import Relaxation, Temperature
@@ -30,6 +33,7 @@ class Schedule:
     gap: float = 0.06  # starting logit of a level one scale away from the wanted weight, negated
     noise: float = 0.0  # amplitude of the Gumbel noise
     checks: int = 4  # times that the hard result is judged on the way
+    logits: Literal["float32", "bfloat16"] = "float32"  # half the memory costs some of the gain
 
     def at(self, step: int) -> Temperature:
         """Temperatures and learning rates of a step in `0 .. steps - 1`."""
@@ -62,23 +66,27 @@ def refine(
     seed: int,
     streams: dict[str, int],
     on_step: Callable[[int, float, Temperature], None] = lambda step, loss, at: None,
+    firsts: dict[str, int] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Refined:
     """Refine `start` against `objective`.
 
-    `wanted` holds each target's free values (see `Relaxation`); `streams` gives each target's noise
-    a number of its own.
+    `wanted` holds each target's free values (see `Relaxation`); `streams` gives what is drawn for each
+    target a number of its own, and `firsts` says, where `start` is a process's own rows, the number of
+    the first weight in the whole target. `dtype` is that of the soft weights that the objective is given.
     """
     error_init = objective.error(_weights(start))
     best, error_best, best_step = start, error_init, 0
     relaxed = {
         name: Relaxation(
-            q, wanted[name], schedule.gap, schedule.weight_decay, schedule.betas, seed, streams[name], schedule.noise
+            q, wanted[name], schedule.gap, schedule.weight_decay, schedule.betas, seed, streams[name], schedule.noise,
+            (firsts or {}).get(name, 0), getattr(torch, schedule.logits),
         )
         for name, q in start.items()
-    }
+    }  # fmt: skip
     for step in range(schedule.steps):
         at = schedule.at(step)
-        loss, gradients = objective.gradients(step, {name: r.soft(step, at) for name, r in relaxed.items()})
+        loss, gradients = objective.gradients(step, {name: r.soft(step, at, dtype) for name, r in relaxed.items()})
         for name, relaxation in relaxed.items():
             relaxation.update(gradients[name], at)
         on_step(step, loss, at)
