@@ -21,10 +21,10 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from gsq.kernels.columns import nearest
 from gsq.levels import gaussian_levels, sphere_levels
 from gsq.rotation import Rotation
 
-COUNTED = 15  # bounds between levels that are compared one by one
 SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -53,6 +53,8 @@ class Codebook:
             raise CodebookError(f"levels must ascend without repeats, got {self.levels}")
         if self.group_size < 1:
             raise CodebookError(f"group size must be positive, got {self.group_size}")
+        if self.rotation and self.offset:  # no format has both, and rotated values are scaled last
+            raise CodebookError("a rotated codebook has no offsets; drop the rotation or the offset")
 
     @classmethod
     def integer(cls, bits: int, group_size: int, scale_dtype: torch.dtype = torch.bfloat16) -> Codebook:
@@ -129,18 +131,7 @@ class Codebook:
 
     def nearest(self, x: Tensor) -> Tensor:
         """Code (uint8) of the level nearest to each `x`, a weight divided by its scale. Any shape."""
-        low, high = self.levels[0], self.levels[-1]
-        step = (high - low) / (len(self.levels) - 1)
-        if all(level == low + i * step for i, level in enumerate(self.levels)):
-            return ((x - low) / step).round_().clamp_(0, len(self.levels) - 1).to(torch.uint8)
-        table = self.level_table(x.device, x.dtype)
-        bounds = (table[1:] + table[:-1]) / 2
-        if x.device.type != "cpu" or len(bounds) > COUNTED:
-            return torch.bucketize(x, bounds).to(torch.uint8)
-        code, above = torch.zeros(x.shape, dtype=torch.uint8), torch.empty(x.shape, dtype=torch.bool)
-        for bound in bounds.tolist():  # three times as fast on a CPU, with the same result
-            code += torch.gt(x, bound, out=above).view(torch.uint8)
-        return code
+        return nearest(x, self.levels)
 
     def rotate(self, weights: Tensor) -> Tensor:
         """Weights `[..., in]` in the codebook's basis, `[..., columns]`."""

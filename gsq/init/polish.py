@@ -13,20 +13,22 @@ import torch
 from torch import Tensor
 
 from gsq.codebook import QuantizedTensor
+from gsq.kernels import columns
 
 BLOCK = 64  # columns updated one by one before the rest of the gradient is, by one matrix product
 SYSTEMS = 1 << 28  # coefficients of the linear systems that are solved at once: a gigabyte
+PRODUCTS = 1 << 27  # weights whose products with the Hessian are held at once: half a gigabyte each, in some copies
 
 
 def row_errors(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> Tensor:
     """The objective of each row, `[batch, out]`: `d H d^T` with `d = w - q`."""
     difference = weights.float() - quantized.values()
-    return ((difference @ hessian) * difference).sum(-1)
+    return (difference @ hessian).mul_(difference).sum(-1)
 
 
 def relative_error(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> float:
     """`tr(D H D^T) / tr(W H W^T)` over the whole batch."""
-    reference = ((weights.float() @ hessian) * weights.float()).sum()
+    reference = (weights.float() @ hessian).mul_(weights).sum()
     return float(row_errors(weights, quantized, hessian).sum() / reference.clamp_min(1e-30))
 
 
@@ -43,38 +45,28 @@ def polish(
 def free_values(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> Tensor:
     """Best real value of each weight given all others as quantized, `[batch, out, in]`."""
     values = quantized.values()
-    return values + ((weights.float() - values) @ hessian) / hessian.diagonal(dim1=-2, dim2=-1)[:, None]
+    moves = ((weights.float() - values) @ hessian).div_(hessian.diagonal(dim1=-2, dim2=-1)[:, None])
+    return values.add_(moves)
 
 
 def descend(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor, sweeps: int = 1) -> QuantizedTensor:
     """Cyclic coordinate descent over the codes, scales fixed."""
-    codebook, codes = quantized.codebook, quantized.codes.clone()
-    table = codebook.level_table(weights.device)
-    scales = quantized.scales.float()
-    offsets = torch.zeros_like(scales) if quantized.offsets is None else quantized.offsets.float()
-    values = quantized.values()
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    levels, group = quantized.codebook.levels, quantized.codebook.group_size
+    hessian, scales = hessian.contiguous(), quantized.scales.float().contiguous()
+    offsets = torch.zeros_like(scales) if quantized.offsets is None else quantized.offsets.float().contiguous()
     for _ in range(sweeps):
-        before = codes.clone()
+        values, codes = quantized.values(), torch.empty_like(quantized.codes)
         gradient = (weights.float() - values) @ hessian  # [batch, out, in], of half the objective, by -Q
         for start in range(0, weights.shape[-1], BLOCK):
-            end = min(start + BLOCK, weights.shape[-1])
-            local = gradient[..., start:end].clone()
-            moved = values[..., start:end].clone()
-            for column in range(start, end):
-                here = column - start
-                group = column // codebook.group_size
-                scale, offset = scales[..., group], offsets[..., group]
-                wanted = values[..., column] + local[..., here] / diagonal[:, None, column]
-                code = codebook.nearest((wanted - offset) / torch.where(scale == 0, torch.inf, scale))
-                value = table[code.int()] * scale + offset
-                local -= (value - values[..., column])[..., None] * hessian[:, None, column, start:end]
-                codes[..., column], values[..., column] = code, value
-            moved -= values[..., start:end]  # old minus new
-            gradient += moved @ hessian[:, start:end]
+            block, behind = slice(start, start + BLOCK), slice(start + BLOCK, None)
+            of_block = gradient[..., block], values[..., block], hessian[:, block, block]
+            codes[..., block] = columns.descend(*of_block, scales, offsets, levels, group, start)
+            moves = gradient[..., block]  # which have taken the place of the gradient
+            gradient[..., behind] += moves @ hessian[:, block, behind]
+        before, quantized = quantized.codes, replace(quantized, codes=codes)
         if torch.equal(codes, before):
             break
-    return replace(quantized, codes=codes)
+    return quantized
 
 
 def refit_scales(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> QuantizedTensor:
@@ -84,7 +76,7 @@ def refit_scales(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor) -
     """
     batch, rows, groups = quantized.scales.shape
     unknowns = groups * (1 + quantized.codebook.offset)
-    step = max(1, SYSTEMS // (batch * unknowns**2))
+    step = max(1, min(SYSTEMS // unknowns**2, PRODUCTS // weights.shape[-1]) // batch)
     if step < rows:
         spans = [(start, min(start + step, rows)) for start in range(0, rows, step)]
         parts = [refit_scales(weights[:, start:end], quantized.rows(start, end), hessian) for start, end in spans]

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gsq.codebook import Codebook, QuantizedTensor
 
-CHUNK = 1 << 19  # weights rounded at once by `match_norms`: small for a CPU's cache, large beside the cost of a call
+CHUNK = {"cpu": 1 << 19}  # weights rounded at once: small for a CPU's cache, large beside the cost of a call;
+ELSEWHERE = 1 << 27  # elsewhere half a gigabyte, of which the search makes some copies
 CANDIDATES = 24  # scales tried per sign
 REGRESSIONS = 3  # of a group's weights on their levels
 # range of the candidates, relative to the scale at which the longest level reaches the largest weight
@@ -24,6 +25,12 @@ def round_to_nearest(weights: Tensor, codebook: Codebook, importance: Tensor | N
 
     `importance` `[..., 1 or out, in]` weighs the squared errors in the search for scales.
     """
+    rows = weights.shape[-2]
+    step = max(1, CHUNK.get(weights.device.type, ELSEWHERE) * rows // max(1, weights.numel()))
+    if step < rows:
+        given = (weights,) if importance is None else (weights, importance.expand(weights.shape))
+        parts = [[t[..., start : start + step, :] for t in given] for start in range(0, rows, step)]
+        return QuantizedTensor.stacked([round_to_nearest(w, codebook, *h) for w, *h in parts])
     scales, offsets = search_groups(weights, codebook, importance)
     return QuantizedTensor(codebook.encode(weights.float(), scales, offsets), scales, codebook, offsets)
 
@@ -46,14 +53,15 @@ def search_scales(weights: Tensor, codebook: Codebook, importance: Tensor | None
     w, h, table = _grouped(weights, codebook, importance)
     longest = table.abs().max()
     unit = w.abs().amax(-1, keepdim=True) / longest
-    symmetric = torch.equal(table, -table.flip(0))
+    levels = codebook.level_table()  # on the CPU, so that nobody waits for a GPU
+    symmetric = torch.equal(levels, -levels.flip(0))
     best = torch.zeros_like(unit)
     best_error = (h * w * w).sum(-1, keepdim=True)  # of scale zero
     for shrink in (1.0, *torch.linspace(*SHRINK, CANDIDATES).tolist()):  # 1 is best where nothing need be clipped
         for sign in (1.0,) if symmetric else (1.0, -1.0):
             best, best_error = _keep_better(w, h, codebook, table, sign * shrink * unit, best, best_error)
-    levels = table[codebook.nearest(_divide(w, best)).int()]
-    fitted = _divide((h * w * levels).sum(-1, keepdim=True), (h * levels * levels).sum(-1, keepdim=True))
+    reached = table[codebook.nearest(_divide(w, best)).int()]
+    fitted = _divide((h * w * reached).sum(-1, keepdim=True), (h * reached * reached).sum(-1, keepdim=True))
     best, _ = _keep_better(w, h, codebook, table, fitted, best, best_error)
     return best.squeeze(-1).to(codebook.scale_dtype)
 
@@ -133,7 +141,7 @@ def match_norms(weights: Tensor, codebook: Codebook) -> QuantizedTensor:
     columns, size = codebook.columns(rows.shape[1]), codebook.group_size
     codes = torch.empty(len(rows), columns, dtype=torch.uint8)
     scales = torch.empty(len(rows), columns // size, dtype=codebook.scale_dtype)
-    step = max(1, CHUNK // columns)
+    step = max(1, CHUNK["cpu"] // columns)
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         codes[part], scales[part] = _match_norms(rows[part].float(), codebook)
