@@ -100,9 +100,11 @@ def sample_once(config: Config, source: Path, file: Path) -> Path:
 def quantize(config: Path, settings: list[str], folder: Path) -> dict:
     """Run or resume; seconds in all, of all processors, and per layer and phase, as the run journalled them."""
     train(load_config(config, settings), folder, resume=folder.exists())
-    journal = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    lines = map(json.loads, (folder / "journal.jsonl").read_text().splitlines())
+    journal = [line for line in lines if "seconds" in line]  # of layers; embedding and head have none
     seconds = [line["seconds"] for line in journal]
     return {
+        "bits": Run.open(folder).plan.summary()["bits_per_quantized_weight"],
         "seconds": sum(line["total"] for line in seconds),
         "cpu_seconds": sum(line["cpu_seconds"] for line in journal),
         "seconds_per_layer": {p: sum(line.get(p, 0) for line in seconds) / len(seconds) for p in seconds[-1]},
@@ -152,9 +154,10 @@ def shown(seconds: float | None) -> str:
 
 def save(results: list[dict], out: Path) -> None:
     """Write and show the table so far."""
-    head = "| method | KL | perplexity | top-1 | seconds | CPU seconds | MB |\n|---|---|---|---|---|---|---|\n"
+    head = "| method | bits | KL | perplexity | top-1 | seconds | CPU seconds | MB |\n" + "|---" * 8 + "|\n"
     lines = [
-        f"| {r['method']} | {r['kl']:.4f} | {r['perplexity']:.2f} | {r['top1']:.1%} | "
+        f"| {r['method']} | {format(r['bits'], '.3f') if 'bits' in r else '–'} | {r['kl']:.4f} | "
+        f"{r['perplexity']:.2f} | {r['top1']:.1%} | "
         f"{shown(r.get('seconds'))} | {shown(r.get('cpu_seconds'))} | {r['bytes'] / 1e6:.1f} |"
         for r in results
     ]
