@@ -53,11 +53,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_plans_are_quantized_and_rows_state_their_bits(config: Path, tmp_path: Path):
-    text = config.with_name("text.txt")
-    plans.compare(config, text, tmp_path, methods="GPTQ", windows=2, length=64)
+    names = ["uniform 2 bits g32 (3.0)", "by role (3.6)", "kurtosis (3.6)", "sensitivity (3.6)"]
+    plans.compare(config, config.with_name("text.txt"), tmp_path, ",".join(names), "GPTQ", windows=2, length=64)
     rows = {row["method"]: row for row in json.loads((tmp_path / "table.json").read_text())}
     assert "bits" not in rows["original"]
-    assert {name.removeprefix("GPTQ ") for name in rows} == {"original", *plans.PLANS}
+    assert {name.removeprefix("GPTQ ") for name in rows} == {"original", *names}
     assert 3.3 < rows["GPTQ sensitivity (3.6)"]["bits"] <= 3.6
     uniform = rows["GPTQ uniform 2 bits g32 (3.0)"]
     assert uniform["bits"] == 3

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import gsq.init.gptq as init_gptq
 import gsq.init.polish as init_polish
+import gsq.init.rtn as init_rtn
 from gsq.calib import hessian as hessian_module
 from gsq.calib.hessian import Moments, answer_original
 from gsq.codebook import Codebook, QuantizedTensor
@@ -153,6 +155,19 @@ def test_gptq_leaves_its_input_and_takes_zeros(codebook: Codebook):
     assert relative_error(weights[:, 2:3], found.rows(2, 3), hessian) < 0.7
 
 
+@pytest.mark.parametrize(("codebook", "columns"), CASES.values(), ids=CASES)
+def test_gptq_takes_transposed_weights(codebook: Codebook, columns: int):
+    weights, hessian = random(2, 5, columns, seed=1), correlated(2, columns, seed=2)
+    assert same(gptq(weights.mT.contiguous().mT, hessian, codebook), gptq(weights, hessian, codebook))
+
+
+def test_gptq_takes_a_factor_that_is_at_hand(monkeypatch: pytest.MonkeyPatch):
+    weights, hessian, codebook = random(2, 4, 160), correlated(2, 160), Codebook.integer(2, 32)
+    expected, upper = gptq(weights, hessian, codebook), inverse_factor(hessian)
+    monkeypatch.setattr(init_gptq, "inverse_factor", None)
+    assert same(gptq(weights, hessian, codebook, upper), expected)
+
+
 # The Hessian's factor and damping
 
 
@@ -175,6 +190,26 @@ def test_inverse_factor_of_a_hessian_too_close_to_singular_for_float32():
     upper = inverse_factor(single).double()
     inverse = torch.linalg.inv(hessian)
     torch.testing.assert_close(upper.mT @ upper, inverse, atol=float(1e-3 * inverse.abs().max()), rtol=0)
+
+
+def test_some_matrices_are_factored_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    hessian = correlated(5, 24)
+    at_once = inverse_factor(hessian)
+    monkeypatch.setattr(init_gptq, "FACTORED", 2 * 24**2)
+    assert torch.equal(inverse_factor(hessian), at_once)
+
+
+def test_a_matrix_that_needs_float64_leaves_its_neighbours_alone():
+    generator = torch.Generator().manual_seed(0)
+    x = 300 + torch.randint(-1, 2, (40, 40), generator=generator).float()
+    hessian = correlated(3, 40)
+    single = inverse_factor(hessian)
+    hessian[1] = x.T @ x
+    assert torch.linalg.cholesky_ex(hessian).info.tolist()[::2] == [0, 0]
+    assert torch.linalg.cholesky_ex(hessian).info[1] > 0
+    found = inverse_factor(hessian)
+    assert torch.equal(found[::2], single[::2])
+    assert torch.equal(found[1], inverse_factor(hessian[1:2])[0])
 
 
 @pytest.mark.parametrize("bad", [-1.0, 0.0, torch.nan], ids=["indefinite", "singular", "not a number"])
@@ -331,6 +366,16 @@ def test_round_to_nearest_of_experts(codebook: Codebook):
     assert same(found.map(lambda part: part[2]), alone)
 
 
+@codebooks
+@pytest.mark.parametrize("rows", [1, 4], ids=["importance of columns", "of weights"])
+def test_some_rows_are_rounded_at_a_time(codebook: Codebook, rows: int, monkeypatch: pytest.MonkeyPatch):
+    weights, importance = random(3, 4, 48), random(3, rows, 48, seed=1).square()
+    at_once = round_to_nearest(weights, codebook, importance), round_to_nearest(weights, codebook)
+    monkeypatch.setattr(init_rtn, "CHUNK", {"cpu": 3 * 48 * 3})  # three rows of each matrix, and then one
+    assert same(round_to_nearest(weights, codebook, importance), at_once[0])
+    assert same(round_to_nearest(weights, codebook), at_once[1])
+
+
 # Polish
 
 
@@ -406,9 +451,13 @@ def test_more_rounds_are_better_and_none_changes_nothing():
 def test_many_systems_are_solved_some_rows_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch):
     weights, start, hessian = problem(SMALL[name])
     at_once = refit_scales(weights, start, hessian)
-    monkeypatch.setattr(init_polish, "SYSTEMS", 2 * start.scales.shape[-1] ** 2 * 13)  # some rows, not all alike
-    for found, expected in zip(refit_scales(weights, start, hessian).tensors, at_once.tensors, strict=True):
-        torch.testing.assert_close(found, expected)
+    groups = start.scales.shape[-1]
+    for limit, size in {"SYSTEMS": 2 * groups**2 * 3, "PRODUCTS": 2 * 80 * 3}.items():  # some rows, not all alike
+        with monkeypatch.context() as patch:
+            patch.setattr(init_polish, limit, size)
+            found = refit_scales(weights, start, hessian)
+        for part, expected in zip(found.tensors, at_once.tensors, strict=True):
+            torch.testing.assert_close(part, expected)
 
 
 @pytest.mark.parametrize("name", ["2 bits", "4 bits", "asymmetric", "affine, 2 bits", "affine, 4 bits"])

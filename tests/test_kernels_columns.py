@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -76,29 +82,116 @@ def test_descent_moves_every_code_to_its_best_value(levels):
     torch.testing.assert_close(-gradient[0].double(), q, rtol=1e-4, atol=1e-5)  # the moves, from zero
 
 
-@settings(max_examples=12, deadline=None)
-@given(st.sampled_from(sorted(LEVELS)), st.integers(1, 3), st.integers(1, 20), st.integers(1, 40), st.integers(0, 1000))
-def test_triton_gives_the_bits_of_the_plain_version(name: str, batch: int, rows: int, n: int, seed: int):
+def both(run: Callable[[torch.device], Sequence[Tensor]]) -> zip:
+    """Pairs of what `run` gives where Triton runs, compiled or interpreted, and of what the plain version gives."""
     pytest.importorskip("triton")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    levels = LEVELS[name]
-    weights, hessian, scale, offset = (t.to(device) for t in problem(batch, rows, n, seed))
-    upper, count = inverse_factor(hessian), 1 + seed % n
-    scales, offsets = scale[..., None].contiguous(), offset[..., None].contiguous()
-
-    def both() -> list[Tensor]:
-        left, gradient, values = weights.clone(), weights @ hessian, torch.zeros_like(weights)
-        codes = columns.propagate(left, upper, scale, offset, levels, count)
-        moved = columns.descend(gradient, values, hessian, scales, offsets, levels, n, 0)
-        return [t.cpu() for t in (left, codes, gradient, moved)]
-
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with dispatch.interpreted():
-        found = both()
-    weights, hessian, upper, scale, offset, scales, offsets = (
-        t.cpu() for t in (weights, hessian, upper, scale, offset, scales, offsets)
-    )
-    for ours, plain in zip(found, both(), strict=True):
+        found = [t.cpu() for t in run(device)]
+    return zip(found, run(torch.device("cpu")), strict=True)
+
+
+def wider(block: Tensor, transposed: bool) -> Tensor:
+    """The same numbers as columns of something wider, perhaps transposed."""
+    if transposed:
+        return torch.nn.functional.pad(block.mT, (0, 0, 2, 3)).contiguous()[:, 2:-3].mT
+    return torch.nn.functional.pad(block, (2, 3)).contiguous()[..., 2:-3]
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    st.sampled_from(sorted(LEVELS)), st.integers(1, 2), st.integers(1, 40), st.integers(1, 40), st.booleans(),
+    st.integers(0, 1000),
+)  # fmt: skip
+def test_triton_propagates_as_the_plain_version(name: str, batch: int, rows: int, n: int, transposed: bool, seed: int):
+    weights, hessian, scale, offset = problem(batch, rows, n, seed)
+    upper, count = inverse_factor(hessian), 1 + seed % n
+
+    def run(device: torch.device) -> tuple[Tensor, Tensor]:
+        left = wider(weights.to(device), transposed)
+        given = (t.to(device) for t in (upper, scale, offset))
+        return columns.propagate(left, *given, LEVELS[name], count), left
+
+    for ours, plain in both(run):
         assert torch.equal(ours, plain)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    st.sampled_from(sorted(LEVELS)), st.integers(1, 2), st.integers(1, 40), st.integers(1, 40), st.booleans(),
+    st.integers(1, 24), st.integers(0, 30), st.integers(0, 1000),
+)  # fmt: skip
+def test_triton_descends_as_the_plain_version(
+    name: str, batch: int, rows: int, n: int, transposed: bool, group: int, first: int, seed: int
+):
+    weights, hessian, scale, offset = problem(batch, rows, n, seed)
+    share = torch.linspace(1, 2, -(-(first + n) // group))  # no two groups of a row are alike
+    scales, offsets = scale[..., None] * share, offset[..., None] * share
+
+    def run(device: torch.device) -> tuple[Tensor, Tensor]:
+        gradient = wider((weights @ hessian).to(device), transposed)
+        values = wider(weights.round().to(device), transposed)
+        given = (t.to(device) for t in (hessian, scales, offsets))
+        return columns.descend(gradient, values, *given, LEVELS[name], group, first), gradient
+
+    for ours, plain in both(run):
+        assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize(
+    ("levels", "ratios", "codes"),
+    [
+        ((-2.0, -1.0, 0.0, 1.0), [-2.5, -1.5, -0.5, 0.5, 1.5, -1e30, 1e30], [0, 0, 2, 2, 3, 0, 3]),  # half to even
+        ((-3.0, -1.0, 1.0, 3.0), [-2.0, 0.0, 2.0, -1e30, 1e30], [0, 2, 2, 0, 3]),
+        ((-3.0, -1.0, 0.5), [-2.0, -0.25, -1.9, -1e30, 1e30], [0, 1, 1, 0, 2]),  # half to the lower
+    ],
+    ids=["steps of one", "steps of two", "uneven"],
+)
+def test_halfway_between_levels_and_beyond_them(kernels: torch.device, levels, ratios, codes):
+    left = torch.tensor(ratios, device=kernels)[None, :, None]
+    one = torch.ones(1, 1, 1, device=kernels)
+    scale, offset = torch.ones(1, len(ratios), device=kernels), torch.zeros(1, len(ratios), device=kernels)
+    assert columns.nearest(left[0, :, 0], levels).tolist() == codes
+    assert columns.propagate(left, one, scale, offset, levels, 1)[0, :, 0].tolist() == codes
+
+
+COMPILE = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+class Absent:  # a GPU that is not there, but compiled for
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+driver.set_active(Absent())
+run, compiled = JITFunction.run, []
+JITFunction.run = lambda *args, **options: compiled.append(run(*args, **options | {"warmup": True}))
+
+from gsq.kernels import columns, dispatch
+
+with dispatch.interpreted():
+    for levels in ((-2.0, -1.0, 0.0, 1.0), (-3.0, -1.0, 0.5)):
+        block, matrix, group = torch.randn(2, 5, 48), torch.eye(48).repeat(2, 1, 1), torch.ones(2, 5, 1)
+        columns.propagate(block, matrix, group[..., 0], group[..., 0], levels, 32)
+        columns.descend(block, block.clone(), matrix, group, group, levels, 48, 0)
+for kernel in compiled:
+    print(kernel.name, len(kernel.asm["cubin"]))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests compile")
+def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path):
+    """The interpreter takes more than the compiler does."""
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    found = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    sizes = [line.split() for line in found.stdout.splitlines()]
+    assert [name for name, _ in sizes] == ["_propagate", "_descend"] * 2
+    assert all(int(size) > 1000 for _, size in sizes)
 
 
 def test_gptq_and_descent_run_on_the_kernels(kernels: torch.device):
@@ -112,18 +205,50 @@ def test_gptq_and_descent_run_on_the_kernels(kernels: torch.device):
         assert after <= before * (1 + 1e-5)
 
 
+def far_apart(left: Tensor) -> Tensor:
+    return torch.empty_strided(left.shape, (1, 1, 1 << 28), device="meta")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: a | {"left": a["left"].double()}, "must be float32"),
-        (lambda a: a | {"upper": a["upper"].mT}, "contiguous"),
-        (lambda a: a | {"upper": a["upper"][:, :-1]}, r"must be \[2, 16, 16\]"),
-        (lambda a: a | {"levels": tuple(map(float, range(300)))}, "2 to 256 levels"),
-        (lambda a: a | {"count": 17}, "quantizes 1 to 16 columns"),
+        ({"left": Tensor.double}, r"left must be float32, .*left\.float\(\)"),
+        ({"left": lambda t: t[0]}, "add dimensions of 1"),
+        ({"left": far_apart}, r"too far apart .*left\.contiguous\(\)"),
+        ({"upper": lambda t: t.mT}, r"gaps .*upper\.contiguous\(\)"),
+        ({"upper": lambda t: t[:, :-1]}, r"upper must be \[2, 16, 16\], not \[2, 15, 16\]"),
+        ({"scale": lambda t: t.mT.contiguous().mT}, r"gaps .*scale\.contiguous\(\)"),
+        ({"offset": lambda t: t[:, :1]}, r"offset must be \[2, 8\], not \[2, 1\]"),
+        ({"levels": lambda _: tuple(map(float, range(257)))}, "2 to 256 levels apart, not 257"),
+        ({"count": lambda _: 17}, "1 to 16 columns"),
+        ({"count": lambda _: 0}, "1 to 16 columns"),
     ],
 )
-def test_what_kernels_do_not_take_is_refused(change, message: str):
+def test_what_propagate_does_not_take(change: dict[str, Callable], message: str):
     weights, hessian, scale, offset = problem(2, 8, 16)
-    arguments = {"left": weights, "upper": hessian, "scale": scale, "offset": offset, "levels": LEVELS["affine"]}
+    given = {"left": weights, "upper": hessian, "scale": scale, "offset": offset, "levels": (0.0, 1.0), "count": 16}
     with pytest.raises(ValueError, match=message):
-        columns.propagate(**change(arguments | {"count": 16}))
+        columns.propagate(**given | {name: of(given[name]) for name, of in change.items()})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gradient": Tensor.half}, r"gradient must be float32, not torch\.float16"),
+        ({"values": lambda t: t[:, 1:]}, r"values must be \[2, 8, 16\]"),
+        ({"hessian": lambda t: t[:, 1:]}, r"hessian must be \[2, 16, 16\], not \[2, 15, 16\]"),
+        ({"scales": lambda t: t.repeat(1, 1, 2)[..., ::2]}, r"gaps .*scales\.contiguous\(\)"),
+        ({"offsets": lambda t: t.repeat(1, 1, 2)}, r"offsets must be \[2, 8, 1\]"),
+        ({"first": lambda _: 1}, "columns 1 to 17 do not lie in 1 groups of 16"),
+        ({"first": lambda _: -1}, "columns -1 to 15 do not lie"),
+        ({"levels": lambda _: (0.0,)}, "2 to 256 levels apart, not 1"),
+    ],
+)
+def test_what_descend_does_not_take(change: dict[str, Callable], message: str):
+    weights, hessian, scale, offset = problem(2, 8, 16)
+    given = {
+        "gradient": weights, "values": weights, "hessian": hessian, "scales": scale[..., None],
+        "offsets": offset[..., None], "levels": (0.0, 1.0), "group": 16, "first": 0,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        columns.descend(**given | {name: of(given[name]) for name, of in change.items()})

@@ -21,6 +21,7 @@ from torch import Tensor
 from gsq.kernels.dispatch import triton_runs
 
 LEVELS = 256  # at most: codes have 8 bits
+SPAN = 1 << 31  # from one end of a block's row to the other, at most: a kernel counts it in 32 bits
 COUNTED = 15  # bounds between levels that are compared one by one
 Levels = tuple[float, ...]
 
@@ -172,6 +173,10 @@ def _block_shape(block: Tensor, name: str, levels: Levels) -> torch.Size:
     if block.ndim != 3:
         raise ValueError(f"{name} is a batch of blocks [batch, rows, n], not {list(block.shape)}; add dimensions of 1")
     _check(block, name, block.shape)
+    if block.shape[-1] * block.stride(-1) >= SPAN:
+        raise ValueError(
+            f"the columns of {name} lie too far apart (strides {block.stride()}); pass {name}.contiguous()"
+        )
     return block.shape
 
 

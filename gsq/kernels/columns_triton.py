@@ -96,14 +96,15 @@ def _propagate(
     for start in range(0, n, PANEL):
         column = start + tl.arange(0, PANEL)
         inside = column < n
-        place = weights[:, None] + column[None, :] * left_column
+        place = weights[:, None] + column[None, :] * left_column  # in 32 bits, for half the registers
         whole = held[:, None] & inside[None, :]
         panel = tl.load(place, mask=whole, other=0.0)  # [ROWS, PANEL]
-        of_column = upper + matrix * upper_batch
-        for c in range(0, tl.minimum(start, count)):
-            error = tl.load(weights + c * left_column, mask=held, other=0.0)  # [ROWS]
+        earlier, of_column = weights, upper + matrix * upper_batch
+        for _ in range(0, tl.minimum(start, count)):
+            error = tl.load(earlier, mask=held, other=0.0)  # [ROWS]
             share = tl.load(of_column + column, mask=inside, other=0.0)  # [PANEL]
             panel -= error[:, None] * share[None, :]
+            earlier += left_column
             of_column += upper_row
         for c in range(start, tl.minimum(start + PANEL, count)):
             here = (column == c)[None, :]
@@ -131,26 +132,28 @@ def _descend(
     for start in range(0, n, PANEL):
         column = start + tl.arange(0, PANEL)
         inside = column < n
-        place = slopes[:, None] + column[None, :] * gradient_column
+        place = slopes[:, None] + column[None, :] * gradient_column  # in 32 bits, for half the registers
         whole = held[:, None] & inside[None, :]
         panel = tl.load(place, mask=whole, other=0.0)  # [ROWS, PANEL]
-        of_column = hessian + matrix * hessian_batch
-        for c in range(0, start):
-            move = tl.load(slopes + c * gradient_column, mask=held, other=0.0)  # [ROWS]
+        earlier, of_column = slopes, hessian + matrix * hessian_batch
+        for _ in range(0, start):
+            move = tl.load(earlier, mask=held, other=0.0)  # [ROWS]
             share = tl.load(of_column + column, mask=inside, other=0.0)  # [PANEL]
             panel += move[:, None] * share[None, :]
+            earlier += gradient_column
             of_column += hessian_row
         for c in range(start, tl.minimum(start + PANEL, n)):
             here = (column == c)[None, :]
             which = line * groups + (first + c) // group
             s, o = tl.load(scales + which, mask=held, other=0.0), tl.load(offsets + which, mask=held, other=0.0)
-            old = tl.load(olds + c * values_column, mask=held, other=0.0)
+            old = tl.load(olds, mask=held, other=0.0)
             wanted = tl.div_rn(tl.sum(tl.where(here, panel, 0.0), axis=1), tl.load(of_column + c)) + old
             code = _nearest(tl.div_rn(wanted - o, _never_zero(s)), bounds, low, step, top, DEPTH)
             tl.store(codes + line * n + c, code.to(tl.uint8), mask=held)
             move = old - (tl.load(table + code) * s + o)
             share = tl.load(of_column + column, mask=inside & (column > c), other=0.0)
             panel = tl.where(here, move[:, None], panel + move[:, None] * share[None, :])
+            olds += values_column
             of_column += hessian_row
         tl.store(place, panel, mask=whole)
         tl.debug_barrier()  # other threads read these moves for the next panels
