@@ -54,6 +54,15 @@ def rewrite(folder: Path, change) -> None:
     save_file(change(tensors) or tensors, folder / SINGLE)
 
 
+@pytest.mark.parametrize("build", BUILDERS)
+@torch.no_grad()
+def test_the_whole_model_is_that_of_transformers(tmp_path: Path, build):
+    folder = build(tmp_path / "model")
+    model = skeleton_of(folder).whole()
+    assert not [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    torch.testing.assert_close(model(input_ids=TOKENS).logits, expected(folder))
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("build", BUILDERS)
 def test_logits_are_those_of_transformers(tmp_path: Path, build, shards: int):

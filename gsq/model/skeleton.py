@@ -69,6 +69,13 @@ class Skeleton:
         with self._stand_in(players):
             return self._forward(tokens).logits
 
+    def whole(self) -> nn.Module:
+        """The model with all its weights, ready to generate; it is this skeleton's own, and keeps them."""
+        self._fill(self.model, "")
+        self.model.tie_weights()
+        self.model.to(self.device)  # buffers outside the decoder
+        return self.model.requires_grad_(False)
+
     def load_layer(self, index: int) -> nn.Module:
         """Decoder layer `index` with its weights, which belong to the caller."""
         layer = copy.deepcopy(self.decoder.layers[index])
