@@ -36,5 +36,5 @@ for job in $(jobs -p); do
 done
 cat "$logs"/* | tee "$stamp-tests.txt"
 
-timeout 270 "$python" bench/kernels.py --out "$stamp-kernels.md" 2>&1 | tee "$stamp-kernels.txt" || status=1
+timeout 270 "$python" bench/speed.py --out "$stamp-kernels.md" 2>&1 | tee "$stamp-kernels.txt" || status=1
 exit "$status"

@@ -234,10 +234,10 @@ class QuantizedTensor:
         return (self.codes, self.scales) if self.offsets is None else (self.codes, self.scales, self.offsets)
 
     @classmethod
-    def stacked(cls, parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
-        """The rows of all `parts`, which share a codebook."""
+    def stacked(cls, parts: Sequence[QuantizedTensor], dim: int = -2) -> QuantizedTensor:
+        """The rows (or along another `dim`, the matrices) of all `parts`, which share a codebook."""
         codes, scales, *offsets = (
-            torch.cat(tensors, dim=-2) for tensors in zip(*(p.tensors for p in parts), strict=True)
+            torch.cat(tensors, dim=dim) for tensors in zip(*(p.tensors for p in parts), strict=True)
         )
         return cls(codes, scales, parts[0].codebook, *offsets)
 

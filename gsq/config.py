@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -50,6 +50,9 @@ class Section(BaseModel):
     """A section refuses keys that it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Parsed = TypeVar("Parsed", bound=Section)
 
 
 class Model(Section):
@@ -272,6 +275,22 @@ class Eval(Section):
     length: Positive = Field(1024, description="tokens in a window", json_schema_extra=FREE)
 
 
+class Memory(Section):
+    """What a run may take; hidden states and the like that do not fit lie in files. No result depends on it."""
+
+    device_gb: float | None = Field(
+        None, gt=0, description="GB (1e9 bytes) of each accelerator; default: nine tenths of it", json_schema_extra=FREE
+    )
+    host_gb: float | None = Field(
+        None, gt=0, description="GB of each machine's memory; default: nine tenths of what is free at the start",
+        json_schema_extra=FREE,
+    )  # fmt: skip
+    disk_dir: str | None = Field(
+        None, description="folder of those files, on a fast disk; default: `scratch` in the run folder",
+        json_schema_extra=FREE,
+    )  # fmt: skip
+
+
 class Processes(Section):
     """The processes of a run, where a launcher starts more than one."""
 
@@ -301,6 +320,7 @@ class Config(Section):
     export: Export = Export()
     eval: Eval = Eval()
     tracking: Tracking = Tracking()
+    memory: Memory = Memory()
     processes: Processes = Processes()
     run: str | None = Field(
         None, description="run folder; default: runs/<name of the config file>", json_schema_extra=FREE
@@ -345,10 +365,15 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 def parse_config(content: dict, origin: str = "config") -> Config:
     """A validated `Config` of parsed YAML."""
+    return validated(Config, content, origin)
+
+
+def validated(section: type[Parsed], content: Any, origin: str) -> Parsed:
+    """`content` as this section; raises `UserError` with every mistake in it."""
     try:
-        return Config.model_validate(content)
+        return section.model_validate(content)
     except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors()]
+        lines = [_explain(detail, section) for detail in error.errors()]
         raise UserError(f"{origin}: " + "; ".join(lines)) from None
 
 
@@ -381,21 +406,20 @@ def _override(content: dict, override: str) -> None:
         raise UserError(f"--set {override}: {value!r} is not valid YAML; quote it") from None
 
 
-def _explain(detail: Any) -> str:
+def _explain(detail: Any, root: type[Section]) -> str:
     """One line for one mistake; an unknown key gets the nearest known one."""
     place = ".".join(str(part) for part in detail["loc"]) or "config"
     if detail["type"] != "extra_forbidden":
         message = detail["msg"].removeprefix("Value error, ")
         given = f" (got {detail['input']!r})" if not isinstance(detail["input"], dict | Section) else ""
         return f"{place}: {message}{given}"
-    known = sorted(_section_at(detail["loc"][:-1]).model_fields)
+    known = sorted(_section_at(root, detail["loc"][:-1]).model_fields)
     near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.5)
     advice = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
     return f"unknown key {place}; {advice}"
 
 
-def _section_at(location: tuple) -> type[Section]:
-    section: type[Section] = Config
+def _section_at(section: type[Section], location: tuple) -> type[Section]:
     for part in location:
         if isinstance(part, int):
             section = Rule  # the only sections that come in a list

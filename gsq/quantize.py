@@ -10,28 +10,32 @@ from __future__ import annotations
 import copy
 import time
 import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import accumulate, takewhile
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
 
 from gsq.calib.hessian import Moments, answer_original
 from gsq.calib.observe import ObserveLinears, shared_inputs
-from gsq.calib.stream import Calls, Stream
+from gsq.calib.stream import Calls, Stream, layer_calls
 from gsq.codebook import Codebook, QuantizedTensor
 from gsq.errors import UserError
 from gsq.init.gptq import damped, gptq
-from gsq.init.polish import free_values, polish, relative_error, row_errors
+from gsq.init.polish import free_values, polish, row_errors
 from gsq.init.rtn import round_to_nearest
 from gsq.model.skeleton import SeenEnough
 from gsq.ranks import Ranks
 from gsq.refine.loop import Quantized, Refined, Schedule, refine
-from gsq.refine.objective import HessianObjective, Objective, OutputObjective, epochs, token_weights
+from gsq.refine.objective import HessianObjective, Objective, OutputObjective, epochs, token_sizes, token_weights
 
 Event = Callable[..., None]
+METHODS = ("rtn", "gptq", "polish")
+TOGETHER = {"cpu": 1 << 27}  # entries of the Hessians of experts that are initialized at once; some copies of them live
+ELSEWHERE = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,17 @@ class Recipe:
     def needs_original(self) -> bool:
         """Whether the original model's hidden states are walked beside the quantized ones."""
         return self.stream_target or self.answer_original
+
+
+@dataclass
+class Problem:
+    """What a process's own rows of a target aim at, in the basis of its codebook.
+
+    `wanted` `[batch, out, columns]` and `hessian` `[batch, columns, columns]`, damped and per token.
+    """
+
+    wanted: Tensor
+    hessian: Tensor
 
 
 @dataclass
@@ -86,11 +101,11 @@ class LayerWork:
         """
         self.index, self.original, self.stream, self.originals = index, original, stream, originals
         self.codebooks, self.recipe, self.event, self.ranks = codebooks, recipe, event, ranks
+        self.device, self.memory = stream.skeleton.device, stream.memory
         self.current = copy.deepcopy(original)
         self.timer = Timer()
         self.quantized: Quantized = {}
-        self.hessians: dict[str, Tensor] = {}  # these two in the codebook's basis
-        self.wanted: dict[str, Tensor] = {}
+        self.problems: dict[str, Problem] = {}
         self.errors: dict[str, dict] = {}
 
     def run(self) -> tuple[Quantized, Tensor | None]:
@@ -102,25 +117,25 @@ class LayerWork:
             module_path = common_module(targets)
             if self.recipe.objectives:
                 with self.timer("teacher"):
-                    calls, reached = self._record(module_path)
+                    calls, wanted, sizes = self._teacher(module_path, behind)
             for group in groups:
                 if set(group) <= set(targets):
                     self._initialize(group)
             if self.recipe.objectives:
-                wanted = self._wanted_output(module_path, calls, behind, reached)
-                weights = token_weights(reached if behind is None else behind, self.ranks)
                 with self.timer("refine"):
-                    self._refine(targets, module_path, calls, wanted, weights)
+                    self._refine(targets, module_path, calls, wanted, token_weights(sizes, self.ranks))
+                del calls, wanted
+            self.problems.clear()
             for name in targets:
                 self.event("target", layer=self.index, target=name, **self.errors[name])
         return self.quantized, behind
 
     def _groups(self) -> list[list[str]]:
         """Targets that share inputs, codebook and stage, in the order in which the layer reads them."""
-        sample = slice(0, min(self.stream.batch, len(self.stream.tokens)))
-        run = lambda: self.stream.run(self.original, self.index, sample)  # noqa: E731
+        stream = self.stream
+        run = lambda: stream.run(self.original, self.index, slice(0, stream.batch.windows))  # noqa: E731
         groups = []
-        for group in shared_inputs(self.original, self.codebooks, run):
+        for group in stream.batch.fitted(lambda: shared_inputs(self.original, self.codebooks, run)):
             alike: dict[tuple, list[str]] = {}
             for name in group:
                 alike.setdefault((self.codebooks[name], self._stage_of(name)), []).append(name)
@@ -138,74 +153,134 @@ class LayerWork:
             stages.setdefault(self._stage_of(name), []).append(name)
         return list(stages.values())
 
-    def _record(self, module_path: str) -> tuple[Calls, Tensor]:
-        """Calls of a module, outputs included, before its targets are quantized; and the layer's output."""
-        module = self.current.get_submodule(module_path)
-        calls = Calls(self.stream.tokens.shape[1])
-        size = 0
-        handle = module.register_forward_hook(calls.hook(lambda: size), with_kwargs=True)
-        outputs = []
-        try:
-            for part in self.stream.parts():
-                size = part.stop - part.start
-                output = self.stream.run(self.current, self.index, part)
-                if module_path:  # the layer's own calls hold it already
-                    outputs.append(output)
-        finally:
-            handle.remove()
-        calls.finish()
-        return calls, torch.cat(outputs) if module_path else calls.outputs
+    def _teacher(self, module_path: str, behind: Tensor | None) -> tuple[Calls, Tensor, Tensor]:
+        """Calls of a stage's module, what it must put out `[windows, length, H]`, and token sizes behind the layer.
+
+        That is its own output before its targets are quantized; for the stream target, plus what the layer's
+        output lacks from the original stream, which the last module of a layer adds to.
+        """
+        if module_path:
+            return self._recorded(module_path, behind)
+        calls = layer_calls(self.stream, self.index)
+        wanted = behind if self.recipe.stream_target else self.stream.outputs(self.current, self.index)
+        return calls, wanted, self._sizes(wanted if behind is None else behind)
+
+    def _recorded(self, module_path: str, behind: Tensor | None) -> tuple[Calls, Tensor, Tensor]:
+        """The same for a module inside the layer, whose calls must be kept."""
+        aimed = self.recipe.stream_target and self._is_last(module_path)
+
+        def record() -> tuple[Calls, Tensor, list[Tensor]]:
+            calls = Calls(self.stream.tokens.shape[1], len(self.stream.tokens), self.memory)
+            sizes, windows = [], 0
+            hook = calls.hook(lambda: windows)
+            handle = self.current.get_submodule(module_path).register_forward_hook(hook, with_kwargs=True)
+            try:
+                for part in self.stream.parts():
+                    windows = part.stop - part.start
+                    reached = self.stream.run(self.current, self.index, part)
+                    goal = reached if behind is None else behind[part].to(self.device)
+                    sizes.append(token_sizes(goal))
+                    if aimed:
+                        output = calls.outputs[part]
+                        output.copy_(output.to(self.device) + (goal - reached).view_as(output))
+            finally:
+                handle.remove()
+            return calls, calls.outputs, torch.cat(sizes)
+
+        return self.stream.batch.fitted(record)
+
+    def _sizes(self, hidden: Tensor) -> Tensor:
+        return torch.cat([token_sizes(hidden[part].to(self.device)) for part in self.stream.parts()])
 
     def _initialize(self, group: list[str]) -> None:
         """Quantize one group by the recipe's method, and put the result into the current layer."""
         with self.timer("hessian"):
             moments = self._observe(group)
-            hessian = damped(moments.shrunk(self.recipe.expert_prior), self.recipe.damping)
+            hessians = moments.shrunk(self.recipe.expert_prior)  # [batch, in, in]
         with self.timer("init"):
-            codebook = self.codebooks[group[0]]
-            given = [self.original.get_parameter(name).float() for name in group]
-            rows = [w.shape[-2] for w in given]
-            joined = torch.cat([w if w.ndim == 3 else w[None] for w in given], dim=1)  # [batch, out, in]
+            given = [self.original.get_parameter(name) for name in group]
+            ends = torch.tensor([w.shape[-2] for w in given]).cumsum(0).tolist()
+            rows = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
             try:
-                aim = joined if moments.cross is None else answer_original(joined, moments, hessian)
-                aim, hessian = codebook.rotate(aim), codebook.rotate_moments(hessian)
-                found, errors = self._quantize(aim, hessian, codebook, given[0].ndim == 3)
+                found, errors = self._initialized(group, rows, given, moments, hessians)
             except torch.linalg.LinAlgError:
                 raise UserError(
                     f"layer {self.index}, {group[0]}: the Hessian is not positive definite; raise init.damping"
                 ) from None
-            ends = list(accumulate(rows))
-            for name, w, start, end in zip(group, given, [0, *ends], ends, strict=False):
-                self.wanted[name], self.hessians[name] = aim[:, start:end], hessian
-                self._set(name, found.rows(start, end).shaped(*w.shape[:-1]))
+            for name, w, own in zip(group, given, rows, strict=True):
+                self._set(name, found.rows(own.start, own.stop).shaped(*w.shape[:-1]))
                 self.errors[name] = errors | {"gsq": None}
         if len(moments.tokens) > 1:
             self.event("coverage", layer=self.index, target=group[0], tokens=moments.tokens.tolist())
 
-    def _quantize(
-        self, aim: Tensor, hessian: Tensor, codebook: Codebook, experts: bool
+    def _initialized(
+        self, group: list[str], rows: list[slice], given: list[Tensor], moments: Moments, hessians: Tensor
     ) -> tuple[QuantizedTensor, dict]:
-        """RTN or GPTQ, then polish, all in the codebook's basis; with the relative error after each.
+        """A group as one batch `[batch, out, columns]`, of which each has its `rows`; and its relative errors.
 
-        Each process does its own experts, or rows.
+        Each process does its own experts, some at a time, or its own rows. What refinement wants to know of them
+        is kept.
         """
-        dim, ranks = 0 if experts else 1, self.ranks
-        length = aim.shape[dim]
-        span = ranks.span(length)
-        aim, hessian = (aim[span], hessian[span]) if experts else (aim[:, span], hessian)
-        [size] = ranks.total(float(((aim.float() @ hessian) * aim.float()).sum()))
-        relative = lambda q: ranks.total(float(row_errors(aim, q, hessian).sum()))[0] / max(size, 1e-30)  # noqa: E731
+        codebook, experts = self.codebooks[group[0]], given[0].ndim == 3
+        own = self.ranks.span(len(hessians)) if experts else slice(0, 1)
+        problems = self._room(group, rows, own, hessians, codebook.columns(hessians.shape[-1]), experts)
+        parts, sums = [], Counter()
+        for some in self._together(own, hessians.shape[-1]):
+            joined = torch.cat([(w[some] if experts else w[None]).float() for w in given], dim=1)
+            hessian = damped(hessians[some], self.recipe.damping)
+            aim = joined if moments.cross is None else answer_original(joined, moments, hessian)
+            aim, hessian = codebook.rotate(aim), codebook.rotate_moments(hessian)
+            place = slice(some.start - own.start, some.stop - own.start)
+            for problem, part in zip(problems, rows, strict=True):
+                problem.hessian[place] = hessian
+                problem.wanted[place] = aim[:, part] if experts else aim[:, part][:, self._span(part)]
+            found = self._quantize(aim if experts else aim[:, self.ranks.span(aim.shape[1])], hessian, codebook, sums)
+            parts.append(found)
+        self.problems |= zip(group, problems, strict=True)
+        dim, length = (0, len(hessians)) if experts else (1, rows[-1].stop)
+        join = lambda t: self.ranks.joined(t.transpose(0, dim), length).transpose(0, dim)  # noqa: E731
+        return QuantizedTensor.stacked(parts, dim=0).map(join), self._relative(sums)
+
+    def _room(
+        self, group: list[str], rows: list[slice], own: slice, hessians: Tensor, columns: int, experts: bool
+    ) -> list[Problem]:
+        """Where the problems of a group will be; all share a Hessian, which takes the place of the given one."""
+        count, kept = own.stop - own.start, hessians[own]
+        if columns != hessians.shape[-1]:
+            kept = self.memory.empty((count, columns, columns), torch.float32, near=True)
+        sizes = [part.stop - part.start for part in rows]
+        sizes = sizes if experts else [span.stop - span.start for span in map(self.ranks.span, sizes)]
+        return [Problem(self.memory.empty((count, n, columns), torch.float32, near=True), kept) for n in sizes]
+
+    def _together(self, own: slice, columns: int) -> Iterator[slice]:
+        """Some of the process's own experts at a time."""
+        step = max(1, TOGETHER.get(self.device.type, ELSEWHERE) // columns**2)
+        return (slice(start, min(start + step, own.stop)) for start in range(own.start, own.stop, step))
+
+    def _span(self, rows: slice) -> slice:
+        """This process's share of the rows of one target."""
+        return self.ranks.span(rows.stop - rows.start)
+
+    def _quantize(self, aim: Tensor, hessian: Tensor, codebook: Codebook, sums: Counter) -> QuantizedTensor:
+        """RTN or GPTQ, then polish, all in the codebook's basis; adds up the squared error after each, and of zero."""
+        sums["zero"] += float(((aim.float() @ hessian) * aim.float()).sum())
+        error = lambda q: float(row_errors(aim, q, hessian).sum())  # noqa: E731
         importance = hessian.diagonal(dim1=-2, dim2=-1)[:, None]
         found = round_to_nearest(aim, codebook, importance)
-        errors = {"rtn": relative(found), "gptq": None, "polish": None}
+        sums["rtn"] += error(found)
         if self.recipe.method == "gptq":
             found = gptq(aim, hessian, codebook)
-            errors["gptq"] = relative(found)
+            sums["gptq"] += error(found)
         if self.recipe.polish:
             found = polish(aim, found, hessian, self.recipe.polish)
-            errors["polish"] = relative(found)
-        join = lambda own: ranks.joined(own.transpose(0, dim), length).transpose(0, dim)  # noqa: E731
-        return found.map(join), errors
+            sums["polish"] += error(found)
+        return found
+
+    def _relative(self, sums: Counter) -> dict[str, float | None]:
+        """Errors of all processes by method, relative to that of zero; None for what the recipe leaves out."""
+        size, *errors = self.ranks.total(*(sums[kind] for kind in ("zero", *METHODS)))
+        relative = dict(zip(METHODS, errors, strict=True))
+        return {kind: error / max(size, 1e-30) if kind in sums else None for kind, error in relative.items()}
 
     @torch.no_grad()
     def _observe(self, group: list[str]) -> Moments:
@@ -215,6 +290,7 @@ class LayerWork:
         cross = self.recipe.answer_original and not fused  # experts see other tokens in the original model
 
         def observe(moments: Moments, lane: range) -> None:
+            moments.forget()  # what a try that ran out of memory had counted
             for part in self.stream.parts([lane]):
                 answers: dict[str, Tensor] = {}
                 if cross:
@@ -224,7 +300,8 @@ class LayerWork:
 
         share, batch = self.stream.share, first.shape[0] if fused else 1
         training = share.below(share.total - self.recipe.held_out)
-        moments = Moments.over(training, observe, self.ranks, batch, first.shape[-1], self.stream.hidden.device, cross)
+        fitted = lambda moments, lane: self.stream.batch.fitted(lambda: observe(moments, lane))  # noqa: E731
+        moments = Moments.over(training, fitted, self.ranks, batch, first.shape[-1], self.memory, cross)
         if not moments.tokens.any():
             raise UserError(
                 f"layer {self.index} never multiplies with {group[0]} as a Linear does (transposed or unused weights "
@@ -246,19 +323,6 @@ class LayerWork:
         with suppress(SeenEnough), ObserveLinears({name: weight}, seen):
             stream.run(layer, self.index, part)
 
-    def _wanted_output(self, module_path: str, calls: Calls, behind: Tensor | None, reached: Tensor) -> Tensor:
-        """What the stage's module must put out, `[windows, length, H]`.
-
-        Its own output with original weights; for the stream target, plus what the layer's output
-        lacks from the original stream, which the last module of a layer adds to.
-        """
-        if not self.recipe.stream_target:
-            return calls.outputs
-        if module_path == "":
-            return behind
-        last = self._is_last(module_path)
-        return calls.outputs + (behind - reached).view_as(calls.outputs) if last else calls.outputs
-
     def _is_last(self, module_path: str) -> bool:
         children = [name.split(".")[0] for name in self.codebooks]
         return children[-1] == module_path.split(".")[0]
@@ -267,6 +331,7 @@ class LayerWork:
         """Refine one stage by each objective in turn."""
         schedule, init = self.recipe.schedule, {name: self.quantized[name] for name in targets}
         inside = {name: name.removeprefix(module_path + ".") if module_path else name for name in targets}
+        outside = {short: name for name, short in inside.items()}
         for number, objective_name in enumerate(self.recipe.objectives):
             objective = self._objective(objective_name, inside, module_path, calls, wanted, weights)
             start = time.perf_counter()
@@ -275,7 +340,7 @@ class LayerWork:
                     self._set(name, init[name])
             refined = refine(
                 {inside[name]: self._own(self.quantized[name]) for name in targets},
-                {inside[name]: self._free_values(name) for name in targets},
+                lambda short: self._free_values(outside[short]),
                 objective,
                 schedule,
                 self.recipe.seed,
@@ -286,6 +351,7 @@ class LayerWork:
                 ),
                 {inside[name]: self._first(name) for name in targets},
                 wanted.dtype if objective_name == "output" else torch.float32,
+                self.memory,
             )  # fmt: skip
             self._take(refined, inside, module_path, objective_name, time.perf_counter() - start)
 
@@ -293,10 +359,9 @@ class LayerWork:
         self, name: str, inside: dict[str, str], module_path: str, calls: Calls, wanted: Tensor, weights: Tensor
     ) -> Objective:
         if name == "hessian":
-            own = {full: self._own_problem(full) for full in inside}
             return HessianObjective(
-                {short: own[full][0] for full, short in inside.items()},
-                {short: own[full][1] for full, short in inside.items()},
+                {short: self.problems[full].wanted for full, short in inside.items()},
+                {short: self.problems[full].hessian for full, short in inside.items()},
                 {short: self.codebooks[full] for full, short in inside.items()},
                 self.ranks,
             )
@@ -305,14 +370,14 @@ class LayerWork:
         order = epochs(recipe.seed * 1009 + self.index)
         return OutputObjective(
             module, calls, wanted, weights, recipe.held_out, recipe.windows_per_step, self.stream.batch, order,
-            self.ranks, self.stream.share,
+            self.ranks, self.stream.share, self.memory,
         )  # fmt: skip
 
     def _take(self, refined: Refined, inside: dict[str, str], module_path: str, objective: str, seconds: float) -> None:
         for full, short in inside.items():
             whole = self.quantized[full].codes.shape[0]
             self._set(full, refined.targets[short].map(lambda own, n=whole: self.ranks.joined(own, n)))
-            self.errors[full]["gsq"] = relative_error(self.wanted[full], self._batched(full), self.hessians[full])
+            self.errors[full]["gsq"] = self._relative_error(full)
         self.event(
             "stage", layer=self.index, stage=module_path or "layer", objective=objective, error_init=refined.error_init,
             error_final=refined.error_final, accepted=refined.error_final < refined.error_init,
@@ -332,22 +397,29 @@ class LayerWork:
         codes = self.quantized[name].codes
         return self.ranks.span(len(codes)).start * codes[0].numel()
 
-    def _own_problem(self, name: str) -> tuple[Tensor, Tensor]:
-        """The wanted values `[batch, out, columns]` of this process's rows or experts, and their Hessians."""
-        wanted, hessian = self.wanted[name], self.hessians[name]
-        span = self.ranks.span(self.quantized[name].codes.shape[0])
-        experts = self.quantized[name].codes.ndim == 3
-        return (wanted[span], hessian[span]) if experts else (wanted[:, span], hessian)
-
     def _free_values(self, name: str) -> Tensor:
         """Where each own weight of a target would like to be, in its codebook's basis: the start of its logits."""
-        (wanted, hessian), own = self._own_problem(name), self._own(self.quantized[name])
-        free = free_values(wanted, own.shaped(*wanted.shape[:-1]), hessian)
-        return free.view(own.codes.shape)
+        wanted = self.problems[name].wanted
+        free = self.memory.empty(wanted.shape, torch.float32, near=True)
+        for some, quantized, problem in self._pieces(name):
+            free[some] = free_values(problem.wanted, quantized, problem.hessian)
+        return free.view(self._own(self.quantized[name]).codes.shape)
 
-    def _batched(self, name: str) -> QuantizedTensor:
-        """A target as it is now, as a batch `[batch, out, columns]`."""
-        return self.quantized[name].shaped(*self.wanted[name].shape[:-1])
+    def _relative_error(self, name: str) -> float:
+        """`tr(D H D^T) / tr(W H W^T)` of a target as it is now."""
+        error = size = 0.0
+        for _, quantized, problem in self._pieces(name):
+            error += float(row_errors(problem.wanted, quantized, problem.hessian).sum())
+            size += float((problem.wanted @ problem.hessian).mul_(problem.wanted).sum())
+        error, size = self.ranks.total(error, size)
+        return error / max(size, 1e-30)
+
+    def _pieces(self, name: str) -> Iterator[tuple[slice, QuantizedTensor, Problem]]:
+        """Some of a target's own matrices at a time, as they are now, and what they aim at."""
+        problem = self.problems[name]
+        batched = self._own(self.quantized[name]).shaped(*problem.wanted.shape[:-1])
+        for some in self._together(slice(0, len(problem.wanted)), problem.hessian.shape[-1]):
+            yield some, batched.map(lambda t, s=some: t[s]), Problem(problem.wanted[some], problem.hessian[some])
 
     def _set(self, name: str, quantized: QuantizedTensor) -> None:
         self.quantized[name] = quantized

@@ -37,6 +37,7 @@ from gsq.eval.quality import eval_tokens, evaluate
 from gsq.export.base import export_run, open_model
 from gsq.export.verify import verify
 from gsq.files import check_space
+from gsq.memory import Batch, Memory
 from gsq.model.checkpoint import sound
 from gsq.model.resolve import load_tokenizer
 from gsq.model.skeleton import Skeleton
@@ -158,17 +159,18 @@ def walk(run: Run, skeleton: Skeleton, finished: int, event: Callable[..., None]
     """Quantize the layers behind the `finished` ones, in order; each process walks with its own windows."""
     config, plan = run.config, run.plan
     recipe = make_recipe(config)
-    tokens, batch = run.tokens(), config.calib.batch
+    tokens, batch, memory = run.tokens(), Batch(config.calib.batch), Memory(skeleton.device)
     share = ranks.share(len(tokens))
-    originals = Stream(skeleton, tokens, batch, share) if recipe.needs_original else None
+    originals = Stream(skeleton, tokens, batch, share, memory) if recipe.needs_original else None
     ranks.errand(lambda: run.outside_finished() or run.save_layer(None, round_outside(run, skeleton.device)))
     for entry in run.plan.targets():
         if entry.layer is None and entry.role == "embedding":  # a walk does not reach the head
             skeleton.replace(entry.name, run.load(entry.name).dequantize())
-    stream = Stream(skeleton, tokens, batch, share)
+    stream = Stream(skeleton, tokens, batch, share, memory)
+    layers = skeleton.layers()
     for index in range(skeleton.num_layers):
         start, cpu_start = time.perf_counter(), time.process_time()
-        layer = skeleton.load_layer(index)
+        layer = next(layers)
         prefix = skeleton.layer_names[index] + "."
         if index < finished:  # walk on with what is already quantized
             quantized = {name.removeprefix(prefix): q for name, q in run.load_layer(index).items()}
@@ -179,6 +181,7 @@ def walk(run: Run, skeleton: Skeleton, finished: int, event: Callable[..., None]
             work = LayerWork(index, layer, stream, originals, codebooks, recipe, event, ranks)
             quantized, behind = work.run()
             seconds = work.timer.seconds
+            del work  # with all that it knows of the layer
         before = time.perf_counter()
         stream.advance(quantized_layer(layer, quantized), index)
         if originals:
@@ -195,6 +198,8 @@ def walk(run: Run, skeleton: Skeleton, finished: int, event: Callable[..., None]
                 "layer", layer=index, layers=skeleton.num_layers, seconds=seconds, peak_rss_gb=host,
                 device_gb=on_device, output_error=output_error,
             )  # fmt: skip
+            del named
+        del layer, quantized, behind  # before the next one comes
 
 
 def round_outside(run: Run, device: torch.device) -> dict[str, QuantizedTensor]:
@@ -229,8 +234,8 @@ def _distance(stream: Stream, originals: Stream | None, ranks: Ranks) -> float |
         return None
     distance = 0.0
     for part in stream.parts():
-        original = originals.hidden[part].float()
-        difference = (stream.hidden[part].float() - original).square().sum(-1)
+        original, reached = (s.hidden[part].to(s.skeleton.device).float() for s in (originals, stream))
+        difference = (reached - original).square().sum(-1)
         distance += float((difference / original.square().sum(-1).clamp_min(1e-30)).sum(dtype=torch.float64))
     distance, tokens = ranks.total(distance, stream.tokens.numel())
     return distance / tokens

@@ -20,6 +20,7 @@ from gsq.calib.observe import ObserveLinears, shared_inputs
 from gsq.calib.stream import Calls, Stream
 from gsq.calib.tokens import calibration_tokens, stored_tokens
 from gsq.errors import UserError
+from gsq.memory import Batch
 from gsq.model.checkpoint import Checkpoint
 from gsq.model.skeleton import Skeleton
 from gsq.model.targets import EXPERT_PARTS
@@ -42,12 +43,12 @@ def skeletons(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Skeleton]:
 
 
 def stream_of(skeleton: Skeleton, batch: int = 2, tokens: Tensor | None = None) -> Stream:
-    return Stream(skeleton, models.random_tokens(WINDOWS, LENGTH) if tokens is None else tokens, batch)
+    return Stream(skeleton, models.random_tokens(WINDOWS, LENGTH) if tokens is None else tokens, Batch(batch))
 
 
 def record(stream: Stream, layer: nn.Module, index: int, path: str) -> tuple[Calls, list[Tensor]]:
     """The calls of a module of the layer, and its outputs, `[windows, length, H]`, as a plain hook sees them."""
-    calls, seen, size = Calls(stream.tokens.shape[1]), [], 0
+    calls, seen, size = Calls(stream.tokens.shape[1], len(stream.tokens), stream.memory), [], 0
 
     def plain(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         hidden = output if isinstance(output, Tensor) else output[0]
@@ -63,7 +64,7 @@ def record(stream: Stream, layer: nn.Module, index: int, path: str) -> tuple[Cal
         stream.run(layer, index, part)
     for handle in handles:
         handle.remove()
-    return calls.finish(), seen
+    return calls, seen
 
 
 MODULES = [

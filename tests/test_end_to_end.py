@@ -23,11 +23,12 @@ from gsq.config import Config, parse_config
 from gsq.export.base import open_model
 from gsq.export.dequantize import dequantize
 from gsq.export.verify import verify
+from gsq.memory import Batch
 from gsq.model.checkpoint import SINGLE, Checkpoint
 from gsq.model.skeleton import Skeleton
 from gsq.quantize import quantized_layer
 from gsq.ranks import Ranks
-from gsq.refine.objective import token_weights
+from gsq.refine.objective import token_sizes, token_weights
 from gsq.run import Run
 from gsq.tracking import read_metrics
 from gsq.train import train
@@ -181,11 +182,11 @@ def test_no_stage_ends_worse_than_it_began(finished: Finished):
 def held_out_error(run: Run) -> float:
     """Error of layer 0 as it is stored, on the windows that nothing was fitted to; layer 0 reads plain embeddings."""
     skeleton = Skeleton(run.source, torch.device("cpu"), torch.float32)
-    stream = Stream(skeleton, run.tokens(), batch=WINDOWS)
+    stream = Stream(skeleton, run.tokens(), Batch(WINDOWS))
     wanted = stream.outputs(skeleton.load_layer(0), 0)
     stored = {name.removeprefix(skeleton.layer_names[0] + "."): q for name, q in run.load_layer(0).items()}
     difference = stream.outputs(quantized_layer(skeleton.load_layer(0), stored), 0) - wanted
-    weights = token_weights(wanted, Ranks())[..., None]
+    weights = token_weights(token_sizes(wanted), Ranks())[..., None]
     parts = [(weights * x.square())[-HELD_OUT:].sum() for x in (difference, wanted)]
     return float(parts[0] / parts[1])
 

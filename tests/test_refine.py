@@ -22,10 +22,11 @@ from gsq.init.polish import free_values
 from gsq.init.rtn import round_to_nearest
 from gsq.kernels import relaxation
 from gsq.kernels.relaxation import gumbel_noise, philox
+from gsq.memory import Batch, Memory
 from gsq.ranks import Ranks
 from gsq.refine.gumbel import Relaxation, Temperature
 from gsq.refine.loop import Refined, Schedule, refine
-from gsq.refine.objective import HessianObjective, OutputObjective, epochs, token_weights
+from gsq.refine.objective import HessianObjective, OutputObjective, epochs, token_sizes, token_weights
 
 CPU = torch.device("cpu")
 NOISE, SILENT = 1.0, 0.0
@@ -513,16 +514,15 @@ def output_objective(
     """An objective whose module was recorded as a run records it, and the inputs that it saw."""
     x = random(WINDOWS, LENGTH, SIZE, seed=9)
     x[:, 0] *= massive
-    calls, size = Calls(LENGTH), 0
+    calls, size = Calls(LENGTH, WINDOWS, Memory(CPU)), 0
     handle = module.register_forward_hook(calls.hook(lambda: size), with_kwargs=True)
     for part in x.split(5):
         size = len(part)
         with torch.no_grad():
             module(part)
     handle.remove()
-    calls.finish()
-    weights = token_weights(calls.outputs, Ranks())
-    return OutputObjective(module, calls, calls.outputs, weights, held_out, per_step, micro_batch, order), x
+    weights = token_weights(token_sizes(calls.outputs), Ranks())
+    return OutputObjective(module, calls, calls.outputs, weights, held_out, per_step, Batch(micro_batch), order), x
 
 
 def plain_output_error(module: nn.Module, weights: dict[str, Tensor], x: Tensor, objective: OutputObjective) -> Tensor:
@@ -593,7 +593,7 @@ def test_a_target_that_no_token_reaches_has_no_gradient():
 def test_token_weights_are_even_for_ordinary_tokens_and_small_for_massive_ones():
     residual = random(20, 50, 256)
     residual[3, 7] *= 1000
-    weights = token_weights(residual.bfloat16(), Ranks())
+    weights = token_weights(token_sizes(residual.bfloat16()), Ranks())
     assert float(weights.mean()) == pytest.approx(1.0, rel=1e-5)
     ordinary = weights[weights > 1e-3]
     assert len(ordinary) == 999
@@ -651,7 +651,7 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 def run(case: tuple, schedule: Schedule, seed: int = 0, **more: Any) -> Refined:
     start, free, objective = case
-    return refine(start, free, objective, schedule, seed, {name: i for i, name in enumerate(start)}, **more)
+    return refine(start, free.__getitem__, objective, schedule, seed, {name: i for i, name in enumerate(start)}, **more)
 
 
 def check(refined: Refined, case: tuple) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import weakref
 from pathlib import Path
 
@@ -52,6 +53,34 @@ def rewrite(folder: Path, change) -> None:
     """Let `change` alter the tensors of a checkpoint of one file."""
     tensors = load_file(folder / SINGLE)
     save_file(change(tensors) or tensors, folder / SINGLE)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_layers_in_order_read_ahead_or_not(tmp_path: Path, ahead: bool):
+    skeleton = skeleton_of(models.tiny_qwen3_5(tmp_path / "model"), max_layers=3)
+    for index, layer in enumerate(skeleton.layers(ahead)):
+        skeleton.embed(TOKENS)  # others stand in for the layers while one is read
+        expected = skeleton.load_layer(index).state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in layer.state_dict().items())
+    assert index == 2
+
+
+def test_a_walk_that_ends_early_leaves_no_reader(tmp_path: Path):
+    threads = threading.active_count()
+    layers = skeleton_of(models.tiny_llama(tmp_path / "model")).layers(ahead=True)
+    next(layers)
+    layers.close()
+    assert threading.active_count() == threads
+
+
+def test_what_reading_ahead_cannot_find_is_told(tmp_path: Path):
+    folder = models.tiny_llama(tmp_path / "model")
+    missing = "model.layers.1.mlp.up_proj.weight"
+    rewrite(folder, lambda tensors: {name: t for name, t in tensors.items() if name != missing})
+    layers = skeleton_of(folder).layers(ahead=True)
+    next(layers)
+    with pytest.raises(UserError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+        next(layers)
 
 
 @pytest.mark.parametrize("build", BUILDERS)

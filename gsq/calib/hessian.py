@@ -14,19 +14,24 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from gsq.memory import Memory
 from gsq.ranks import Ranks, tree_sum
 
 T = TypeVar("T")
 
 CHUNK = 8192  # tokens turned to float32 at once
+OBSERVED = {"cpu": 1 << 27}  # entries of matrices observed at once, of which there are up to four sums: 2 GB
+ELSEWHERE = 1 << 31
 
 
 class Moments:
     """Accumulates `hessian` `[batch, in, in]`, `cross` of the same shape or None, and `tokens` `[batch]`."""
 
-    def __init__(self, batch: int, in_features: int, device: torch.device, cross: bool = False):
+    def __init__(self, batch: int, in_features: int, device: torch.device, cross: bool = False, first: int = 0):
+        """Of matrices number `first` to `first + batch`; others are not counted."""
         self._sums = torch.zeros(1 + cross, batch, in_features, in_features, device=device)
         self.tokens = torch.zeros(batch, dtype=torch.int64)
+        self._first = first
 
     @property
     def hessian(self) -> Tensor:
@@ -39,7 +44,10 @@ class Moments:
         return self._sums[1] if len(self._sums) > 1 else None
 
     def add(self, index: int, x: Tensor, original: Tensor | None = None) -> None:
-        """Count `x` `[tokens, in]`, read by matrix `index` of the batch, and what the original model's reads."""
+        """Count `x` `[tokens, in]`, read by matrix number `index`, and what the original model's reads."""
+        index -= self._first
+        if not 0 <= index < len(self.tokens):
+            return
         self.tokens[index] += len(x)
         for start in range(0, len(x), CHUNK):
             part = slice(start, start + CHUNK)
@@ -48,37 +56,52 @@ class Moments:
             if self.cross is not None:
                 self.cross[index].addmm_(original[part].float().T, read)
 
+    def forget(self) -> None:
+        """Count from zero again."""
+        self._sums.zero_()
+        self.tokens.zero_()
+
     @classmethod
     def over(
         cls, lanes: Sequence[T], observe: Callable[[Moments, T], None], ranks: Ranks,
-        batch: int, in_features: int, device: torch.device, cross: bool,
+        batch: int, in_features: int, memory: Memory, cross: bool,
     ) -> Moments:  # fmt: skip
-        """What all processes see: `observe(moments, lane)` counts what one lane of this process does."""
-        tokens = torch.zeros(batch, dtype=torch.int64)
+        """What all processes see: `observe(moments, lane)` counts what one lane of this process does.
 
-        def of_lane(lane: T) -> Tensor:
-            moments = cls(batch, in_features, device, cross)
-            observe(moments, lane)
-            tokens.add_(moments.tokens)
-            return moments._sums
+        Hundreds of large matrices are not all observed at once: `observe` is called for all lanes again and again.
+        """
+        whole = cls(0, 0, torch.device("cpu"))
+        whole._sums = memory.empty((1 + cross, batch, in_features, in_features), torch.float32, near=True)
+        counts = []
+        step = max(1, OBSERVED.get(memory.device.type, ELSEWHERE) // in_features**2)
+        for first in range(0, batch, step):
+            size = min(step, batch - first)
+            tokens = torch.zeros(size, dtype=torch.int64)
 
-        whole = cls(0, 0, device)
-        whole._sums = ranks.sum(tree_sum([partial(of_lane, lane) for lane in lanes]))
-        whole.tokens = torch.tensor(ranks.total(*tokens.tolist())).long()
+            def of_lane(lane: T, first: int = first, size: int = size, tokens: Tensor = tokens) -> Tensor:
+                moments = cls(size, in_features, memory.device, cross, first)
+                observe(moments, lane)
+                tokens.add_(moments.tokens)
+                return moments._sums
+
+            whole._sums[:, first : first + size] = ranks.sum(tree_sum([partial(of_lane, lane) for lane in lanes]))
+            counts += ranks.total(*tokens.tolist())
+        whole.tokens = torch.tensor(counts).long()
         return whole
 
     def shrunk(self, prior: float) -> Tensor:
         """Hessians per token, those of matrices that saw few tokens drawn toward the mean of all, `[batch, in, in]`.
 
         `prior` is the number of tokens at which a matrix's own tokens and the mean weigh the same.
-        A matrix that saw none gets the mean.
+        A matrix that saw none gets the mean. Without `cross`, the sums of several become the result, for want of room.
         """
         tokens = self.tokens.to(self.hessian.device).float()[:, None, None]
         if len(tokens) == 1:
             return self.hessian / tokens.clamp_min(1)
         mean = self.hessian.sum(0) / tokens.sum().clamp_min(1)
         prior = max(prior, 1e-6)  # zero would leave a matrix that saw none with 0 / 0
-        return (self.hessian + prior * mean) / (tokens + prior)
+        hessian = self.hessian if self.cross is None else self.hessian.clone()
+        return hessian.add_(prior * mean).div_(tokens + prior)
 
 
 def answer_original(weights: Tensor, moments: Moments, hessian: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ Momentum is rounded to the nearest: a step moves it by the share `1 - beta` of i
 gradient, so it stalls within some percent of the gradient, and only the sign of the two counts.
 
 This is the plain PyTorch version, which works through chunks that fit a CPU's cache and keeps what
-the backward pass needs; the Triton version keeps nothing and computes it a second time.
+the backward pass needs, unless that is too much; the Triton version keeps nothing and computes it a second time.
 
 Sources: Jang et al., https://arxiv.org/abs/1611.01144 (Gumbel-Softmax); Chen et al.,
 https://arxiv.org/abs/2302.06675 (Lion); Salmon et al., SC 2011 (Philox); Gupta et al.,
@@ -37,6 +37,7 @@ FLOAT32 = (torch.float32,)
 LOGITS = (torch.float32, torch.bfloat16)
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 PHILOX_ROUNDS = 10
+KEPT = 1 << 27  # weights up to which a CPU keeps what the backward pass needs, 4 (K + 1) bytes each
 ROUNDING = 1 << 30  # block of draws that round logits, out of reach of the noise
 _M0, _M1, _W0, _W1, _MASK = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
 
@@ -136,8 +137,6 @@ def lion_step(
         from gsq.kernels import relaxation_triton
 
         return relaxation_triton.lion_step(logits, momentum, gradient, draw, lr, weight_decay, betas)
-    if tape is None:
-        tape = _soften(logits, draw, torch.float32)[1]
     return _lion_step(logits, momentum, gradient.float(), draw, tape, lr, weight_decay, betas)
 
 
@@ -203,22 +202,29 @@ def round_by_chance(x: Tensor, noise: tuple[int, int, int], first: int) -> Tenso
     return torch.where(x.isfinite(), rounded, x).bfloat16()
 
 
-def _soften(logits: Tensor, draw: Draw, dtype: torch.dtype) -> tuple[Tensor, Tape]:
+def _soften(logits: Tensor, draw: Draw, dtype: torch.dtype) -> tuple[Tensor, Tape | None]:
     count, size = logits.shape
     weights = torch.empty(size, device=logits.device)
-    slope = torch.empty(count, size, device=logits.device)
+    slope = torch.empty(count, size, device=logits.device) if size <= KEPT else None
     for part in parts(size, logits.device):
-        z = logits[:, part].float() * draw.kappa
-        if draw.amplitude:
-            noise = gumbel_noise(*draw.noise, draw.first + part.start, z.shape[1], count, z.device)
-            z.add_(noise, alpha=draw.amplitude)
-        p = torch.softmax(z.div_(draw.tau), dim=0)
-        level = _levels(draw, part, count)
-        mean = (p * level).sum(0)
-        torch.mul(p, level - mean, out=slope[:, part])
-        weights[part] = mean
+        own, weights[part] = _part(logits, draw, part)
+        if slope is not None:
+            slope[:, part] = own
     weights.view(-1, draw.group).mul_(draw.scales[:, None])
-    return weights.to(dtype), Tape(slope, weights)
+    return weights.to(dtype), None if slope is None else Tape(slope, weights)
+
+
+def _part(logits: Tensor, draw: Draw, part: slice) -> tuple[Tensor, Tensor]:
+    """Slope `[K, n]`, and mean level `[n]`, of a part of the weights."""
+    count = len(logits)
+    z = logits[:, part].float() * draw.kappa
+    if draw.amplitude:
+        noise = gumbel_noise(*draw.noise, draw.first + part.start, z.shape[1], count, z.device)
+        z.add_(noise, alpha=draw.amplitude)
+    p = torch.softmax(z.div_(draw.tau), dim=0)
+    level = _levels(draw, part, count)
+    mean = (p * level).sum(0)
+    return p.mul_(level - mean), mean
 
 
 def _lion_step(
@@ -226,23 +232,29 @@ def _lion_step(
     momentum: Tensor,
     gradient: Tensor,
     draw: Draw,
-    tape: Tape,
+    tape: Tape | None,
     lr: float,
     weight_decay: float,
     betas: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
-    by_group = (-1, draw.group)
-    sums = (gradient * tape.weights).view(by_group).sum(1), gradient.view(by_group).sum(1)
-    outer = (gradient.view(by_group) * (draw.scales[:, None] * draw.sharpness)).view(-1)
-    for part in parts(draw.size, logits.device):
-        g = tape.slope[:, part] * outer[part]
+    by_scale, by_offset = (torch.empty(len(draw.scales), device=logits.device) for _ in range(2))
+    for part in parts(draw.size, logits.device, draw.group):
+        groups = slice(part.start // draw.group, part.stop // draw.group)
+        own, scales = gradient[part].view(-1, draw.group), draw.scales[groups, None]
+        if tape is None:
+            slope, mean = _part(logits, draw, part)
+            weights = (mean.view(-1, draw.group) * scales).view(-1)
+        else:
+            slope, weights = tape.slope[:, part], tape.weights[part]
+        by_scale[groups], by_offset[groups] = (own * weights.view_as(own)).sum(1), own.sum(1)
+        g = slope * (own * (scales * draw.sharpness)).view(-1)
         m, x = momentum[:, part], logits[:, part]
         new_m, new_x = m.float(), x.float()  # themselves if they are float32
         new_x.mul_(1 - lr * weight_decay).sub_(torch.lerp(g, new_m, betas[0]).sign_(), alpha=lr)
         m.copy_(new_m.lerp_(g, 1 - betas[1]))
         if x.dtype != torch.float32:
             x.copy_(round_by_chance(new_x, draw.noise, draw.first + part.start))
-    return sums
+    return by_scale, by_offset
 
 
 def _levels(draw: Draw, part: slice, count: int) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import torch
@@ -41,6 +42,7 @@ class Skeleton:
         self.num_layers = min(len(self.decoder.layers), max_layers or len(self.decoder.layers))
         prefix = next(name for name, module in self.model.named_modules() if module is self.decoder.layers)
         self.layer_names = [f"{prefix}.{index}" for index in range(len(self.decoder.layers))]
+        self._layers = list(self.decoder.layers)  # which others stand in for, at times
         self._move_buffers()
 
     @torch.no_grad()
@@ -76,29 +78,51 @@ class Skeleton:
         self.model.to(self.device)  # buffers outside the decoder
         return self.model.requires_grad_(False)
 
+    def layers(self, ahead: bool | None = None) -> Iterator[nn.Module]:
+        """The decoder layers that will be walked, each with its weights, which belong to the caller.
+
+        `ahead`: while the caller works with one, the next is read into the host's memory; by default where the
+        device is an accelerator, since on a CPU both would share the cores, and memory would hold one layer more.
+        """
+        if not (self.device.type != "cpu" if ahead is None else ahead):
+            yield from map(self.load_layer, range(self.num_layers))
+            return
+        with ThreadPoolExecutor(1) as reader:
+            coming = [reader.submit(self._read_layer, 0, torch.device("cpu"))]
+            for index in range(1, self.num_layers + 1):
+                layer = [coming.pop().result()]  # handed over, not held
+                if index < self.num_layers:
+                    coming.append(reader.submit(self._read_layer, index, torch.device("cpu")))
+                yield layer.pop().to(self.device)
+
     def load_layer(self, index: int) -> nn.Module:
         """Decoder layer `index` with its weights, which belong to the caller."""
-        layer = copy.deepcopy(self.decoder.layers[index])
-        self._fill(layer, self.layer_names[index] + ".")
+        return self._read_layer(index, self.device)
+
+    def _read_layer(self, index: int, device: torch.device) -> nn.Module:
+        layer = copy.deepcopy(self._layers[index])
+        self._fill(layer, self.layer_names[index] + ".", device)
         return layer.eval().requires_grad_(False)
 
     def run_layer(self, layer: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
         """Hidden states `[B, L, H]` behind `layer`."""
         return first_tensor(layer(hidden.to(self.device, self.dtype), **kwargs))
 
-    def read(self, parameter: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A parameter of the module tree, on the device of the walk.
+    def read(
+        self, parameter: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None
+    ) -> Tensor:
+        """A parameter of the module tree, by default on the device of the walk.
 
         Experts are read one at a time into their place, so that they are never held twice.
         """
-        names = self.sources(parameter, shape)
+        names, device = self.sources(parameter, shape), device or self.device
         if len(shape) == 3 and parameter.rpartition(".")[2] in EXPERT_PARTS:
-            tensor = torch.empty(shape, dtype=dtype, device=self.device)
+            tensor = torch.empty(shape, dtype=dtype, device=device)
             for place, name, part in self._places(tensor, names):
                 place.copy_(self.checkpoint.read(name, part))
         else:
             self._check_shape(names[0], shape)
-            tensor = self.checkpoint.read(names[0]).to(self.device, dtype)
+            tensor = self.checkpoint.read(names[0]).to(device, dtype)
         return sound(parameter, tensor)
 
     def replace(self, parameter: str, weight: Tensor) -> None:
@@ -139,10 +163,10 @@ class Skeleton:
         if shape != wanted:
             raise UserError(f"{name} has shape {shape}, but config.json asks for {wanted}")
 
-    def _fill(self, module: nn.Module, prefix: str) -> None:
+    def _fill(self, module: nn.Module, prefix: str, device: torch.device | None = None) -> None:
         for name, parameter in list(module.named_parameters()):
             if parameter.is_meta:
-                tensor = self.read(prefix + name, tuple(parameter.shape), parameter.dtype)
+                tensor = self.read(prefix + name, tuple(parameter.shape), parameter.dtype, device)
                 _set_parameter(module, name, nn.Parameter(tensor, requires_grad=False))
         for name, buffer in module.named_buffers():
             if prefix + name in self.checkpoint.tensors:

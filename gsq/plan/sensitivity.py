@@ -30,6 +30,7 @@ from gsq.eval.quality import divergences
 from gsq.files import write_whole
 from gsq.init.gptq import damped, gptq, inverse_factor
 from gsq.init.polish import relative_error
+from gsq.memory import Batch
 from gsq.model.skeleton import Skeleton
 
 CELLS = 50_000  # sizes that `solve` tells apart
@@ -75,7 +76,7 @@ def measure(
 
     Units lie in one decoder layer each. Raises `UserError` for weights that no token reached.
     """
-    base = Stream(skeleton, tokens, batch)
+    base = Stream(skeleton, tokens, Batch(batch))
     behind: dict[Unit, Stream] = {}
     errors: dict[Unit, dict[int, float]] = {}
     for index in range(skeleton.num_layers):
@@ -195,12 +196,11 @@ def _hessians(layer: nn.Module, index: int, stream: Stream, names: list[str], pr
     """Hessians per token `[batch, in, in]` of what each Linear or expert reads; readers of one tensor share theirs."""
     if not names:
         return {}
-    sample = slice(0, min(stream.batch, len(stream.tokens)))
+    sample = slice(0, stream.batch.windows)
     groups = shared_inputs(layer, names, lambda: stream.run(layer, index, sample))
     first = {group[0]: layer.get_parameter(group[0]) for group in groups}
-    moments = {
-        name: Moments(w.shape[0] if w.ndim == 3 else 1, w.shape[-1], stream.hidden.device) for name, w in first.items()
-    }
+    device = stream.skeleton.device
+    moments = {name: Moments(len(w) if w.ndim == 3 else 1, w.shape[-1], device) for name, w in first.items()}
     with ObserveLinears(first, lambda name, expert, x: moments[name].add(expert, x)):
         for part in stream.parts():
             stream.run(layer, index, part)

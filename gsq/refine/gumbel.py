@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gsq.codebook import QuantizedTensor
 from gsq.kernels import relaxation
+from gsq.memory import Memory
 
 FULL = relaxation.MOST  # codebooks up to this size are relaxed over all levels
 WINDOW = 5  # larger ones over the neighbours of the initial level
@@ -44,7 +45,7 @@ class Relaxation:
     fixed (`gsq.init.polish.free_values`); a level one step away from it starts `gap` below it.
     `noise` is the amplitude of the Gumbel noise; `seed` and `stream` name all that is drawn, and `stream`
     must differ between targets, or `first`, the number of the first weight, between parts of one.
-    `dtype` of the logits is float32 or bfloat16.
+    `dtype` of the logits is float32 or bfloat16. Logits and momentum are held in `memory`.
     """
 
     def __init__(
@@ -59,9 +60,11 @@ class Relaxation:
         noise: float,
         first: int = 0,
         dtype: torch.dtype = torch.float32,
+        memory: Memory | None = None,
     ):
         self.codebook, self.shape = start.codebook, start.codes.shape
         self.device = start.codes.device
+        memory = memory or Memory(self.device)
         self.levels = self.codebook.level_table(self.device) - self.codebook.center
         self.weight_decay, self.betas = weight_decay, betas
         self.seed, self.stream, self.noise, self.first = seed, stream, noise, first
@@ -78,16 +81,17 @@ class Relaxation:
             self.start_offsets = start.offsets.float().reshape(-1)
             self.reach = self.start_scales.abs() * self.levels[-1]
             self.shifts = moving[1]
-        self.logits = self._starting_logits(codes, wanted.reshape(-1), gap, dtype)
-        self.momentum = torch.zeros_like(self.logits, dtype=MOMENTUM.get(self.device.type, ELSEWHERE))
+        count = len(self.levels) if self.window is None else WINDOW
+        self.logits = memory.empty((count, len(codes)), dtype, near=True)
+        self._start_logits(codes, wanted.reshape(-1), gap)
+        self.momentum = memory.zeros(self.logits.shape, MOMENTUM.get(self.device.type, ELSEWHERE), near=True)
         self.optimizer = Lion(moving, lr=1.0, betas=betas, weight_decay=0.0)
         self._draw: relaxation.Draw | None = None
         self._tape: relaxation.Tape | None = None
 
-    def _starting_logits(self, codes: Tensor, wanted: Tensor, gap: float, dtype: torch.dtype) -> Tensor:
-        """Logits `[K, N]` of `codes` and `wanted` `[N]`, worked out part by part."""
-        count, group = len(self.levels) if self.window is None else WINDOW, self.codebook.group_size
-        logits = torch.empty(count, len(codes), dtype=dtype, device=self.device)
+    def _start_logits(self, codes: Tensor, wanted: Tensor, gap: float) -> None:
+        """Fill the logits `[K, N]` for `codes` and `wanted` `[N]`, part by part."""
+        group = self.codebook.group_size
         for part in relaxation.parts(len(codes), self.device, multiple=group):
             groups = slice(part.start // group, part.stop // group)
             values = wanted[part].float().view(-1, group)
@@ -96,8 +100,7 @@ class Relaxation:
             scales = self.start_scales[groups, None]
             units = (values / torch.where(scales == 0, torch.inf, scales)).view(-1)
             lowest = torch.zeros_like(codes[part]) if self.window is None else self.window[part]
-            logits[:, part] = starting_logits(units, codes[part], lowest, self.levels, count, gap)
-        return logits
+            self.logits[:, part] = starting_logits(units, codes[part], lowest, self.levels, len(self.logits), gap)
 
     def soft(self, step: int, at: Temperature, dtype: torch.dtype = torch.float32) -> Tensor:
         """Soft weights `[..., out, in]` in `dtype`, of one draw of the noise, as the module takes them."""

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from gsq.codebook import QuantizedTensor
+from gsq.memory import Memory
 from gsq.refine.gumbel import Relaxation, Temperature
 from gsq.refine.objective import Objective, Weights, cosine
 
@@ -60,7 +62,7 @@ class Refined:
 
 def refine(
     start: Quantized,
-    wanted: Weights,
+    wanted: Callable[[str], Tensor],
     objective: Objective,
     schedule: Schedule,
     seed: int,
@@ -68,19 +70,21 @@ def refine(
     on_step: Callable[[int, float, Temperature], None] = lambda step, loss, at: None,
     firsts: dict[str, int] | None = None,
     dtype: torch.dtype = torch.float32,
+    memory: Memory | None = None,
 ) -> Refined:
     """Refine `start` against `objective`.
 
-    `wanted` holds each target's free values (see `Relaxation`); `streams` gives what is drawn for each
-    target a number of its own, and `firsts` says, where `start` is a process's own rows, the number of
-    the first weight in the whole target. `dtype` is that of the soft weights that the objective is given.
+    `wanted` gives a target's free values (see `Relaxation`), which are as large as it and needed once;
+    `streams` gives what is drawn for each target a number of its own, and `firsts` says, where `start` is a
+    process's own rows, the number of the first weight in the whole target. `dtype` is that of the soft
+    weights that the objective is given; what moves is held in `memory`.
     """
     error_init = objective.error(_weights(start))
     best, error_best, best_step = start, error_init, 0
     relaxed = {
         name: Relaxation(
-            q, wanted[name], schedule.gap, schedule.weight_decay, schedule.betas, seed, streams[name], schedule.noise,
-            (firsts or {}).get(name, 0), getattr(torch, schedule.logits),
+            q, wanted(name), schedule.gap, schedule.weight_decay, schedule.betas, seed, streams[name], schedule.noise,
+            (firsts or {}).get(name, 0), getattr(torch, schedule.logits), memory,
         )
         for name, q in start.items()
     }  # fmt: skip

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gsq.calib.stream import Calls
 from gsq.codebook import Codebook
+from gsq.memory import Batch, Memory
 from gsq.ranks import Ranks, Share, tree_sum
 
 Weights = dict[str, Tensor]
+Calls = Callable[[Callable, Tensor], Tensor]  # output `[n, length, H]` of a module for the windows with n indices
 
 
 class Objective(Protocol):
@@ -87,19 +88,21 @@ class OutputObjective:
         token_weights: Tensor,
         held_out: int,
         per_step: int,
-        micro_batch: int,
+        batch: Batch,
         order: Callable[[int, int, int], list[int]],
         ranks: Ranks | None = None,
         share: Share | None = None,
+        memory: Memory | None = None,
     ):
         """`wanted` `[windows, length, H]` and `token_weights` `[windows, length]` of this process's `share`.
 
         Of all windows the last `held_out` judge, or all if there are none. Each step takes `per_step` of the
-        others: `order(step, per_step, windows)` gives their numbers.
+        others: `order(step, per_step, windows)` gives their numbers. `token_weights` are on the device where the
+        module runs, `wanted` is anywhere; sums of gradients are as large as the weights, and held in `memory`.
         """
         self.module, self.calls, self.wanted, self.token_weights = module, calls, wanted, token_weights
-        self.ranks, self.micro_batch, self.order = ranks or Ranks(), micro_batch, order
-        self.share = share or Share.whole(len(wanted))
+        self.ranks, self.batch, self.order = ranks or Ranks(), batch, order
+        self.share, self.memory = share or Share.whole(len(wanted)), memory or Memory(token_weights.device)
         windows = self.share.total
         self.training = windows - held_out
         self.per_step = min(per_step, self.training)
@@ -127,22 +130,29 @@ class OutputObjective:
             return None
         sums = self._nothing(leaves)
         views = _views(sums, leaves)
-        for windows in torch.tensor(lane).split(self.micro_batch):
-            loss = self._squared_error(leaves, windows) / (self._size * self.per_step)
-            loss.backward()
-            losses.append(float(loss.detach()))
-            for name, leaf in leaves.items():
-                if leaf.grad is not None:
-                    views[name] += leaf.grad
-                leaf.grad = None
+        rest = torch.tensor(lane)
+
+        def add() -> None:
+            nonlocal rest
+            while len(rest):
+                windows = rest[: self.batch.windows]
+                loss = self._squared_error(leaves, windows) / (self._size * self.per_step)
+                gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+                for view, gradient in zip(views.values(), gradients, strict=True):
+                    if gradient is not None:
+                        view += gradient
+                losses.append(float(loss.detach()))
+                rest = rest[len(windows) :]
+
+        self.batch.fitted(add)
         return sums
 
     @torch.no_grad()
     def error(self, weights: Weights) -> float:
         """Relative error on the held-out windows."""
         leaves = self._whole(weights)
-        own = [float(self._squared_error(leaves, windows)) for windows in self._batches(self.judges)]
-        return self.ranks.total(sum(own))[0] / self._judged
+        judged = lambda: [float(self._squared_error(leaves, windows)) for windows in self._batches(self.judges)]  # noqa: E731
+        return self.ranks.total(sum(self.batch.fitted(judged)))[0] / self._judged
 
     def _whole(self, weights: Weights) -> Weights:
         """The weights that the module multiplies with: the rows of all processes, in the activations' dtype."""
@@ -150,22 +160,25 @@ class OutputObjective:
         return {n: self.ranks.joined(part, len(self.module.get_parameter(n))) for n, part in parts.items()}
 
     def _nothing(self, leaves: Weights) -> Tensor:
-        return torch.zeros(sum(leaf.numel() for leaf in leaves.values()), device=self.wanted.device)
+        return self.memory.zeros((sum(leaf.numel() for leaf in leaves.values()),), torch.float32, near=True)
 
     def _batches(self, numbers: Iterable[int]) -> Iterator[Tensor]:
         """Places of those windows, of these `numbers`, that are this process's, in micro-batches."""
         for lane in self.share.places(numbers):
             if lane:
-                yield from torch.tensor(lane).split(self.micro_batch)
+                yield from torch.tensor(lane).split(self.batch.windows)
 
     def _squared_error(self, weights: Weights, windows: Tensor) -> Tensor:
         output = self.calls(lambda *args, **kwargs: functional_call(self.module, weights, args, kwargs), windows)
-        difference = (output - self.wanted[windows]).float().square().sum(-1)
+        difference = (output - self._wanted(windows)).float().square().sum(-1)
         return (difference * self.token_weights[windows]).sum()
+
+    def _wanted(self, windows: Tensor) -> Tensor:
+        return self.wanted[windows].to(self.token_weights.device)
 
     def _norm(self, numbers: Iterable[int]) -> float:
         sizes = [
-            float((self.wanted[windows].float().square().sum(-1) * self.token_weights[windows]).sum())
+            float((self._wanted(windows).float().square().sum(-1) * self.token_weights[windows]).sum())
             for windows in self._batches(numbers)
         ]
         return max(self.ranks.total(sum(sizes))[0], 1e-30)
@@ -177,13 +190,17 @@ def _views(flat: Tensor, leaves: Weights) -> Weights:
     return {name: part.view(leaf.shape) for (name, leaf), part in zip(leaves.items(), parts, strict=True)}
 
 
-def token_weights(residual: Tensor, ranks: Ranks) -> Tensor:
-    """Weights `[windows, length]`, 1 on average, of tokens with `residual` `[windows, length, H]` behind the layer.
+def token_sizes(residual: Tensor) -> Tensor:
+    """Mean square of each token's hidden state, float32 `[...]` for `[..., H]`."""
+    return residual.float().square().mean(-1)
+
+
+def token_weights(size: Tensor, ranks: Ranks) -> Tensor:
+    """Weights `[windows, length]`, 1 on average, of tokens of this `size` (`token_sizes`) behind the layer.
 
     About equal for ordinary tokens, falling with the square of the size for massive ones. The average is that
     of all processes' windows.
     """
-    size = residual.float().square().mean(-1)
     median = ranks.concatenated(size).median()
     weights = 1 / (size + median)
     total, count = ranks.total(float(weights.sum(dtype=torch.float64)), weights.numel())

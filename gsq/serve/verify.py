@@ -30,6 +30,7 @@ from gsq.codebook import QuantizedTensor
 from gsq.errors import UserError
 from gsq.eval.quality import FinalStates, compare
 from gsq.export.base import format_of
+from gsq.memory import Batch
 from gsq.model.skeleton import Skeleton
 from gsq.quantize import quantized_layer
 from gsq.run import Run
@@ -141,7 +142,7 @@ class _Walk:
             hard.replace(name, quantized.dequantize())
             if name in parameters and name not in multiplied:
                 packed.replace(name, parameters[name].decoded(*parameters[name].read(view.stored), torch.float32))
-        self.packed, self.hard = (Stream(skeleton, tokens, batch=len(tokens)) for skeleton in (packed, hard))
+        self.packed, self.hard = (Stream(skeleton, tokens, Batch(len(tokens))) for skeleton in (packed, hard))
 
     @property
     def format(self) -> str:

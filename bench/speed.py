@@ -1,6 +1,6 @@
 """Speed of the kernels at the sizes of Qwen3.6-35B-A3B, against what the device can do.
 
-    python bench/kernels.py --out bench/results/kernels.md
+    python bench/speed.py --out bench/results/kernels.md
 
 Shares are of bandwidth and arithmetic measured on the same device in the same run: a copy of 2 GiB, and a
 bfloat16 product of two square matrices. Weights, activations and routes are random. Products with packed
@@ -11,14 +11,6 @@ are of the plain versions.
 """
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-# Run by path, Python puts this folder first on sys.path, and `import kernels` (an optional library of
-# transformers) would find this file. Nothing else may be imported before this.
-if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import datetime
 import gc
@@ -31,6 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -48,6 +41,7 @@ from gsq.kernels import relaxation
 from gsq.kernels.hadamard import hadamard
 from gsq.kernels.packed import PackedWeight, packed_grouped_matmul, packed_matmul
 from gsq.kernels.packing import pack_dense, unpack_dense
+from gsq.memory import Batch, Memory
 from gsq.refine.gumbel import Relaxation, Temperature
 from gsq.refine.objective import OutputObjective, epochs
 
@@ -286,15 +280,14 @@ def refinement_step(bench: Bench) -> Iterator[Row]:
     inputs = bench.randn(windows, length, hidden).mul_(0.5)
     chosen = torch.rand(tokens, experts, device=bench.device).topk(TOP_K, dim=-1)
     routes = chosen.values.softmax(-1).to(inputs.dtype)
-    calls = Calls(length)
+    calls = Calls(length, windows, Memory(bench.device))
     count = windows
     handle = module.register_forward_hook(calls.hook(lambda: count), with_kwargs=True)
     with torch.no_grad():
         module(inputs.flatten(0, 1), chosen.indices, routes)
     handle.remove()
-    calls.finish()
     weights = torch.ones(windows, length, device=bench.device)
-    objective = OutputObjective(module, calls, calls.outputs, weights, 0, windows, 8, epochs(0))
+    objective = OutputObjective(module, calls, calls.outputs, weights, 0, windows, Batch(8), epochs(0))
     codebook = Codebook.integer(2, GROUP)
     relaxed = {name: _relaxed(parameter, codebook) for name, parameter in module.named_parameters()}
 
