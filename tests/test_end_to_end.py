@@ -18,12 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from gsq import memory, quantize
+from gsq.calib import hessian
 from gsq.calib.stream import Stream
 from gsq.config import Config, parse_config
 from gsq.export.base import open_model
 from gsq.export.dequantize import dequantize
 from gsq.export.verify import verify
-from gsq.memory import Batch
+from gsq.kernels import relaxation
+from gsq.memory import Batch, Memory
 from gsq.model.checkpoint import SINGLE, Checkpoint
 from gsq.model.skeleton import Skeleton
 from gsq.quantize import quantized_layer
@@ -177,6 +180,56 @@ def test_no_stage_ends_worse_than_it_began(finished: Finished):
         assert any(stage["accepted"] for stage in stages)
     assert sum(event["kind"] == "step" for event in events) == len(stages) * refine.steps
     assert [line["layer"] for line in finished.run.finished()] == [0, 1]
+
+
+def layer_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "layers").iterdir())}
+
+
+@pytest.mark.parametrize("which", [RUNS[0], RUNS[3]], ids="-".join)
+def test_no_byte_depends_on_where_tensors_live_or_how_many_experts_go_together(
+    tmp_path: Path, text: Path, sources, finished_run, which: tuple[str, str, str, str], monkeypatch
+):
+    given = finished_run(which).run
+    places = Memory._place
+    seen = []
+    monkeypatch.setattr(memory, "SMALL", 64)
+    monkeypatch.setattr(Memory, "_place", lambda self, size, near: seen.append(places(self, size, near)) or "file")
+    monkeypatch.setattr(quantize, "TOGETHER", {"cpu": 3 * 64**2})
+    monkeypatch.setattr(hessian, "OBSERVED", {"cpu": 2 * 64**2})
+    monkeypatch.setattr(relaxation, "KEPT", 100)
+    train(
+        given.config.model_copy(update={"export": given.config.export.model_copy(update={"format": None})}),
+        tmp_path / "run",
+    )
+    assert len(seen) > 100
+    assert layer_bytes(tmp_path / "run") == layer_bytes(given.folder)
+
+
+@pytest.mark.parametrize("stage", ["layer", "module"])
+def test_a_batch_that_does_not_fit_is_halved_and_the_step_done_again(
+    tmp_path: Path, text: Path, sources, stage: str, monkeypatch
+):
+    """The device runs out of memory, or at once has to do with the half, by config: the same bytes."""
+    refine, export = {"stage": stage, "windows": 6, "steps": 3}, {"format": None}
+    config = lambda batch: config_of(  # noqa: E731
+        sources["flagship"], text, refine=refine, export=export,
+        calib={"windows": 24, "length": LENGTH, "validation": 8, "batch": batch},
+    )  # fmt: skip
+    train(config(1), tmp_path / "small")
+    failures, whole = [], Skeleton.run_layer
+
+    def run_layer(self: Skeleton, layer: Callable, hidden: Tensor, kwargs: dict) -> Tensor:
+        output = whole(self, layer, hidden, kwargs)
+        if len(hidden) > 1:
+            failures.append(len(hidden))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return output
+
+    monkeypatch.setattr(Skeleton, "run_layer", run_layer)
+    train(config(3), tmp_path / "large")
+    assert failures == [3, 2]
+    assert layer_bytes(tmp_path / "large") == layer_bytes(tmp_path / "small")
 
 
 def held_out_error(run: Run) -> float:
