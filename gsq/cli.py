@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import signal
 import sys
 from collections import Counter
@@ -160,27 +161,51 @@ def verify(
 
 @app.command("eval")
 def evaluate(
-    folder: ModelFolder,
-    text: Annotated[Path, typer.Option(help="text file")],
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME=]DIR", help="dense checkpoints, exports, .gguf files")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="text file")] = None,
     base: Annotated[str | None, typer.Option(help="original model, to measure divergence from")] = None,
-    windows: Annotated[int, typer.Option(min=1)] = 20,
-    length: Annotated[int, typer.Option(min=2, help="tokens per window")] = 1024,
+    windows: Annotated[int, typer.Option(min=1, help="of the text, without a suite")] = 20,
+    length: Annotated[int, typer.Option(min=2, help="tokens per window, without a suite")] = 1024,
     json_out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="also write the result here")] = None,
+    suite: Annotated[str | None, typer.Option(help="quick, card, full or a YAML file: many tests, many models")] = None,
+    tests: Annotated[str, typer.Option(help="comma-separated: only these of the suite")] = "",
+    kv: Annotated[str | None, typer.Option(help="scheme of the KV cache, such as turbo4v2")] = None,
+    url: Annotated[str | None, typer.Option(help="server of the model, which generates in its place")] = None,
+    served_as: Annotated[str | None, typer.Option(help="what that server calls it")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of a suite's results; done parts are not repeated")] = None,
 ) -> None:
-    """Perplexity of a model on a text; with --base also KL divergence (nats) and top-1 agreement."""
-    from gsq.device import activation_dtype, pick_device
-    from gsq.eval.quality import eval_tokens, evaluate
-    from gsq.export.base import open_model
-    from gsq.model.resolve import load_tokenizer, resolve_model
+    """Perplexity of a model on a text; with --base also KL divergence (nats) and top-1 agreement.
 
-    path = resolve_model(str(folder))
-    tokens = eval_tokens(text, load_tokenizer(path), windows, length)
+    With --suite, or a suite's YAML file in place of DIR, everything that the suite lists, of all models side by side.
+    """
+    from gsq.device import activation_dtype, pick_device
+    from gsq.eval.tables import flat_row, headline, write_tables
+
     device = pick_device()
-    reference = open_model(resolve_model(base)) if base else None
-    result = evaluate(open_model(path), reference, tokens, device, activation_dtype(device))
-    show_table([{name: units.number(v) if isinstance(v, float) else str(v) for name, v in result.items()}])
-    if json_out:
-        json_out.write_text(json.dumps(result, indent=2) + "\n")
+    models = models or []
+    if suite is None and len(models) == 1 and models[0].endswith((".yaml", ".yml")):
+        suite, models = models[0], []
+    if suite is None:
+        from gsq.eval.text import measure_file
+
+        if len(models) != 1 or text is None or url:
+            raise UserError("give one model and --text FILE, or a suite: gsq eval DIR... --suite quick|card|full|FILE")
+        result = measure_file(models[0], base, text, windows, length, device, activation_dtype(device), kv)
+        show_table([flat_row(result)])
+        if json_out:
+            json_out.write_text(json.dumps(result, indent=2) + "\n")
+        return
+    from gsq.eval.suite import compose, named, run_suite
+
+    chosen = compose(
+        suite, named(models, url, served_as), base, kv, text and str(text), tests.split(",") if tests else []
+    )
+    folder = out or Path("evals", chosen.name)
+    results = run_suite(chosen, folder, device, activation_dtype(device), show_part)
+    show_table(headline(results).rows)
+    console.print(f"all tables: {write_tables(results, folder)}")
 
 
 @app.command()
@@ -209,6 +234,43 @@ def report(
     from gsq.report import write_report
 
     console.print(f"wrote {write_report(run, out or run / 'report.html')}")
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_OR_EXPORT", help="an export, or the run that holds it")],
+    run: Annotated[Path | None, typer.Option(help="run that the export is of, if it does not lie in it")] = None,
+    base: Annotated[str | None, typer.Option(help="the original's id on the hub, if its run does not know")] = None,
+    evaluations: Annotated[list[Path], typer.Option("--eval", metavar="FILE", help="result of gsq eval; or more")] = [],  # noqa: B006
+    name: Annotated[str | None, typer.Option(help="the export's own id on the hub, for commands in the card")] = None,
+    out: Annotated[Path | None, typer.Option(help="file to write; default: README.md in the export")] = None,
+    force: Annotated[bool, typer.Option(help="replace a README that is none of these cards")] = False,
+) -> None:
+    """Write the model card of an export: what is stored, what was measured, how to use it, how it was made."""
+    from gsq.export.card import write_card
+
+    written = write_card(folder, run, base, evaluations, name, out, force)
+    console.print(f"wrote {written.path}")
+    for gap in written.missing:
+        console.print(f"left out: {gap}")
+
+
+@app.command()
+def serve(
+    folder: ModelFolder,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[-- ...]", help="arguments of the server's own")] = None,
+    host: Annotated[str, typer.Option(help="address to listen at; 0.0.0.0 for all of this machine")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    python: Annotated[str | None, typer.Option(help="interpreter of the environment that has the server")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only print the command")] = False,
+) -> None:
+    """Start the server that reads a checkpoint on this machine, or say what to install and type."""
+    from gsq.serve.launch import serving, start
+
+    command = serving(folder, host, port, more or [], python=python)
+    console.print(shlex.join(command))
+    if not dry_run:
+        start(command)
 
 
 def show_start(run: Run, finished: int) -> None:
@@ -284,6 +346,16 @@ def stopped_by_sigterm() -> Iterator[None]:
 def show_measuring(done: int, layers: int) -> None:
     """How far the measuring of sensitivities is; on stderr, which is for people."""
     sys.stderr.write(f"\rmeasuring sensitivity: layer {done} of {layers}" + ("\n" if done == layers else ""))
+    sys.stderr.flush()
+
+
+def show_part(label: str, part: str, done: int, layers: int) -> None:
+    """Which part of a suite is running, and on a terminal how far it is; on stderr, which is for people."""
+    terminal = sys.stderr.isatty()
+    if terminal:
+        sys.stderr.write(f"\r\033[K{label}: {part}" + (f", layer {done} of {layers}" if layers else ""))
+    elif not done:
+        sys.stderr.write(f"{label}: {part}\n")
     sys.stderr.flush()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ DATASETS = {
     "c4": ("allenai/c4", "en", "train"),
     "open-thoughts": ("open-thoughts/OpenThoughts-114k", "default", "train"),
 }
-FIELDS = ("text", "content", "conversations", "messages", "question", "answer", "prompt", "response")
+FIELDS = ("text", "content", "page", "conversations", "messages", "question", "answer", "prompt", "response")
 FILES = {".txt", ".md", ".json", ".jsonl"}  # a hub id may hold a dot, but not end like these
 SELF_BATCH = 64  # sequences sampled at once
 
@@ -36,8 +36,22 @@ def calibration_tokens(
     if source.endswith(".safetensors"):
         return stored_tokens(Path(source).expanduser(), windows, length)
     tokenizer = load_tokenizer(folder)
-    texts = _local_texts(source) if _is_local(source) else _dataset_texts(source, seed)
-    return pack(texts, tokenizer, windows, length, source)
+    return pack(documents(source, seed), tokenizer, windows, length, source)
+
+
+def documents(
+    source: str,
+    seed: int | None,
+    setting: str = "calib.source",
+    known: dict[str, tuple[str, str | None, str]] = DATASETS,
+) -> Iterator[str]:
+    """Texts of the local file or glob `source`, or of that hub dataset, for which `known` has short names.
+
+    Rows of a dataset come in an order drawn from `seed`; for None in their own. Errors name the `setting`.
+    """
+    if _is_local(source, setting):
+        return _local_texts(source, setting)
+    return _dataset_texts(source, seed, setting, known)
 
 
 def stored_tokens(path: Path, windows: int, length: int) -> Tensor:
@@ -57,17 +71,24 @@ def stored_tokens(path: Path, windows: int, length: int) -> Tensor:
 def pack(texts: Iterator[str], tokenizer, windows: int, length: int, origin: str) -> Tensor:
     """The first `windows * length` tokens of `texts`, an end-of-text token between documents, `[windows, length]`."""
     wanted, ids = windows * length, []
-    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    for text in texts:
-        if ids:
-            ids += separator
-        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+    for document in joined(texts, tokenizer):
+        ids += document
         if len(ids) >= wanted:
             return torch.tensor(ids[:wanted]).view(windows, length)
     raise UserError(
         f"{origin} holds {len(ids)} tokens, enough for {len(ids) // length} windows of {length}, not {windows}; "
         "give more text, or lower the number or length of the windows"
     )
+
+
+def joined(texts: Iterable[str], tokenizer) -> Iterator[list[int]]:
+    """Token ids of each text in turn, with an end-of-text token in front of all but the first."""
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    begun = False
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        yield separator + ids if begun else ids
+        begun = begun or bool(ids)
 
 
 def sample_from_model(
@@ -95,35 +116,35 @@ def sample_from_model(
     return torch.cat(parts)
 
 
-def _is_local(source: str) -> bool:
-    local = bool(_local_paths(source))
+def _is_local(source: str, setting: str) -> bool:
+    local = bool(_local_paths(source, setting))
     looks_local = source.startswith((".", "/", "~")) or "*" in source or Path(source).suffix in FILES
     if looks_local and not local:
-        raise UserError(f"calib.source {source!r} does not exist")
+        raise UserError(f"{setting} {source!r} does not exist")
     return local
 
 
-def _local_paths(source: str) -> list[Path]:
+def _local_paths(source: str, setting: str) -> list[Path]:
     """The file that `source` names, or the files that it matches as a glob."""
     path = Path(source).expanduser()
     if path.is_dir():
-        raise UserError(f"calib.source {source!r} is a folder; give its files, such as {path / '*.txt'}")
+        raise UserError(f"{setting} {source!r} is a folder; give its files, such as {path / '*.txt'}")
     return [path] if path.exists() else sorted(filter(Path.is_file, map(Path, glob.glob(str(path)))))
 
 
-def text_mark(source: str) -> str:
+def text_mark(source: str, setting: str = "calib.source") -> str:
     """The source as a config names it, with a hash of its files if it is local."""
-    if source == "self" or not _is_local(source):
+    if source == "self" or not _is_local(source, setting):
         return source
     digest = hashlib.sha256()
-    for path in _local_paths(source):
+    for path in _local_paths(source, setting):
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return f"{source} {digest.hexdigest()}"
 
 
-def _local_texts(source: str) -> Iterator[str]:
-    for path in _local_paths(source):
+def _local_texts(source: str, setting: str) -> Iterator[str]:
+    for path in _local_paths(source, setting):
         try:
             yield from _json_texts(path) if path.suffix in {".jsonl", ".json"} else [path.read_text(encoding="utf-8")]
         except UnicodeDecodeError as error:
@@ -140,19 +161,21 @@ def _json_texts(path: Path) -> Iterator[str]:
                 raise UserError(f"{path}, line {number}: no JSON object with one of {', '.join(FIELDS)}") from None
 
 
-def _dataset_texts(source: str, seed: int) -> Iterator[str]:
+def _dataset_texts(
+    source: str, seed: int | None, setting: str, known: dict[str, tuple[str, str | None, str]]
+) -> Iterator[str]:
     import datasets
 
-    repository, name, split = DATASETS.get(source, (source, None, "train"))
+    repository, name, split = known.get(source, (source, None, "train"))
     try:
         stream = datasets.load_dataset(repository, name, split=split, streaming=True)
-        for row in stream.shuffle(seed=seed, buffer_size=1000):
+        for row in stream if seed is None else stream.shuffle(seed=seed, buffer_size=1000):
             yield _document(row)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"calib.source {source!r} is no local file, and the hub did not give it ({reason}); known datasets: "
-            f"{', '.join(DATASETS)}; offline, use a text file or `self`"
+            f"{setting} {source!r} is no local file, and the hub did not give it ({reason}); known datasets: "
+            f"{', '.join(known)}; offline, use a text file, or to calibrate `self`"
         ) from None
 
 

@@ -4,12 +4,14 @@ Both models are walked layer by layer, so memory holds one decoder layer, the hi
 evaluation text, and a small piece of the logits. The hidden states behind the last layer are kept as
 `FinalStates`: several quantized checkpoints are compared with one base that was walked once.
 
+What is measured stays per token (`Scores`), so that it can be summed up as a whole or by position.
 Nothing here knows formats or runs; anything that reads like a `Checkpoint` can be measured. Nothing
 is printed: `progress(done, layers)` is called after every layer.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gsq.errors import UserError
+from gsq.eval.intervals import mean_interval
 from gsq.model.checkpoint import Checkpoint
 from gsq.model.skeleton import Skeleton
 
@@ -44,6 +47,21 @@ class FinalStates:
         return self.skeleton.model.get_output_embeddings().out_features
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What was measured of every prediction, on the CPU, each `[W, L - 1]`.
+
+    `counted` (bool) are the predictions that count; `loss` is in nats, float64. With a base also `base_loss`,
+    `kl` (KL(base || model), float64) and `agrees` (bool: same likeliest token).
+    """
+
+    counted: Tensor
+    loss: Tensor
+    base_loss: Tensor | None = None
+    kl: Tensor | None = None
+    agrees: Tensor | None = None
+
+
 def evaluate(
     checkpoint: Checkpoint,
     base: Checkpoint | None,
@@ -53,8 +71,9 @@ def evaluate(
     batch: int = 8,
     max_layers: int | None = None,
     progress: Progress | None = None,
+    words: float | None = None,
 ) -> dict:
-    """Quality of `checkpoint` on windows `tokens [W, L]`, of which L - 1 tokens each are predicted; see `compare`.
+    """Quality of `checkpoint` on windows `tokens [W, L]`, of which L - 1 tokens each are predicted; see `summary`.
 
     `batch` windows go through a layer at once. `progress` counts the layers of both models as one.
     """
@@ -63,7 +82,7 @@ def evaluate(
     for number, source in enumerate(sources):
         report = _shifted(progress, number, len(sources))
         walked.append(final_states(source, tokens, device, dtype, batch, max_layers, report))
-    return compare(*walked)
+    return summary(score(*walked), words)
 
 
 @torch.no_grad()
@@ -94,37 +113,66 @@ def final_states(
     return FinalStates(skeleton, tokens, torch.cat(parts))
 
 
-@torch.no_grad()
 def compare(quantized: FinalStates, base: FinalStates | None = None) -> dict:
-    """Perplexity of `quantized`, and its distance from `base` on the same windows if there is one.
+    """Perplexity of `quantized`, and its distance from `base` on the same windows if there is one; see `summary`."""
+    return summary(score(quantized, base))
 
-    Keys: `perplexity`, `tokens` (predicted tokens), `windows`, `length`; with a base also `base_perplexity`,
-    `kl`, `kl_median` and `kl_p99` (KL(base || quantized), nats per predicted token), and `top1` (share of tokens
-    whose likeliest successor is the same).
+
+@torch.no_grad()
+def score(quantized: FinalStates, base: FinalStates | None = None, counted: Tensor | None = None) -> Scores:
+    """Every prediction of `quantized`, beside those of `base` on the same windows if there is one.
+
+    `counted` (bool, `[W, L - 1]`) are the predictions that count; default: all.
     """
     if base is not None:
         _check_pair(quantized, base)
-    labels = quantized.tokens[:, 1:].flatten()
+    labels = quantized.tokens[:, 1:]
     pieces = [
-        _measure(log_q, log_p, labels[span].to(log_q.device)) for span, log_q, log_p in _log_probs(quantized, base)
+        measure(log_q, log_p, labels.flatten()[span].to(log_q.device))
+        for span, log_q, log_p in _log_probs(quantized, base)
     ]
-    loss, base_loss, divergence, agrees = (torch.cat(column) for column in zip(*pieces, strict=True))
-    windows, length = quantized.tokens.shape
-    result = {
-        "perplexity": loss.mean().exp().item(),
-        "tokens": labels.numel(),
-        "windows": windows,
-        "length": length,
-    }
-    if base is not None:
-        result |= {
-            "base_perplexity": base_loss.mean().exp().item(),
-            "kl": divergence.mean().item(),
-            "kl_median": divergence.median().item(),
-            "kl_p99": _percentile(divergence, 0.99),
-            "top1": agrees.double().mean().item(),
-        }
+    columns = [torch.cat(column).view(labels.shape) for column in zip(*pieces, strict=True)]
+    return Scores(torch.ones_like(labels, dtype=torch.bool) if counted is None else counted, *columns)
+
+
+def summary(scores: Scores, words: float | None = None) -> dict:
+    """All counted predictions as one.
+
+    Keys: `perplexity`, `tokens` (predicted tokens), `windows`, `length`; with `words`, the number of words that
+    these tokens make, `word_perplexity` (exp of the total loss per word); with a base also `base_perplexity`,
+    `kl`, `kl_median` and `kl_p99` (nats per predicted token), and `top1` (share of tokens whose likeliest
+    successor is the same). `*_low` and `*_high` are ends of 95 % intervals, if there is more than one window.
+    """
+    tokens, (windows, length) = int(scores.counted.sum()), scores.loss.shape
+    result = _perplexity("perplexity", scores.loss, scores.counted)
+    result |= {"tokens": tokens, "windows": windows, "length": length + 1}
+    if words:
+        result |= {"words": round(words), **_perplexity("word_perplexity", scores.loss, scores.counted, tokens / words)}
+    if scores.kl is not None:
+        divergence = scores.kl[scores.counted]
+        result |= _perplexity("base_perplexity", scores.base_loss, scores.counted)
+        result |= {"kl": _mean(scores.kl, scores.counted), **_ends("kl", _interval(scores.kl, scores.counted), 0)}
+        result |= {"kl_median": divergence.median().item(), "kl_p99": _percentile(divergence, 0.99)}
+        agrees = scores.agrees.double()
+        result |= {"top1": _mean(agrees, scores.counted), **_ends("top1", _interval(agrees, scores.counted), 0, 1)}
     return result
+
+
+def by_position(scores: Scores) -> list[dict]:
+    """Means over predictions with 1, 2-3, 4-7, 8-15, ... tokens before them in the window, as far as there are any.
+
+    Keys: `from` and `to` (tokens before), `tokens` (predictions), `loss`; with a base also `base_loss`, `kl`, `top1`.
+    """
+    columns = {"loss": scores.loss, "base_loss": scores.base_loss, "kl": scores.kl, "top1": scores.agrees}
+    length = scores.loss.shape[1]  # prediction number n has n + 1 tokens before it
+    rows = []
+    for first in (1 << power for power in range(length.bit_length())):
+        part = slice(first - 1, 2 * first - 1)
+        counted = scores.counted[:, part]
+        if counted.any():
+            means = {name: _mean(v[:, part].double(), counted) for name, v in columns.items() if v is not None}
+            rows.append({"from": first, "to": min(2 * first - 1, length), "tokens": int(counted.sum()), **means})
+    return rows
 
 
 @torch.no_grad()
@@ -181,13 +229,46 @@ def _log_softmax(skeleton: Skeleton, hidden: Tensor) -> Tensor:
     return skeleton.head(hidden[None])[0].float().log_softmax(dim=-1)
 
 
-def _measure(log_q: Tensor, log_p: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per token, on the CPU: loss of q, loss of p, KL(p || q), same argmax; all `[T]`. p is q if there is no base."""
-    log_p = log_q if log_p is None else log_p
-    loss, base_loss = (-log.gather(1, labels[:, None])[:, 0].double() for log in (log_q, log_p))
+def measure(log_q: Tensor, log_p: Tensor | None, labels: Tensor) -> tuple[Tensor, ...]:
+    """Per token, on the CPU: loss of q; if there is a p also loss of p, KL(p || q), same argmax. All `[T]`."""
+    loss = -log_q.gather(1, labels[:, None])[:, 0].double()
+    if log_p is None:
+        return (loss.cpu(),)
+    base_loss = -log_p.gather(1, labels[:, None])[:, 0].double()
     divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1, dtype=torch.float64)
     agrees = log_p.argmax(dim=-1) == log_q.argmax(dim=-1)
     return loss.cpu(), base_loss.cpu(), divergence.cpu(), agrees.cpu()
+
+
+def _mean(values: Tensor, counted: Tensor) -> float:
+    """Mean of the counted of `values`, both `[W, T]`."""
+    return values[counted].mean().item()
+
+
+def _interval(values: Tensor, counted: Tensor) -> tuple[float, float] | None:
+    """Ends of the interval of `_mean`, windows as blocks."""
+    counts = counted.sum(dim=1)
+    used = counts > 0
+    return mean_interval(values.where(counted, 0).sum(dim=1)[used], counts[used])
+
+
+def _ends(
+    name: str, interval: tuple[float, float] | None, least: float = -math.inf, most: float = math.inf
+) -> dict[str, float]:
+    """The interval's ends as results name them, as far as the value can reach."""
+    return {} if interval is None else {f"{name}_low": max(interval[0], least), f"{name}_high": min(interval[1], most)}
+
+
+def _perplexity(name: str, loss: Tensor, counted: Tensor, tokens: float = 1.0) -> dict[str, float]:
+    """exp of the mean loss of so many tokens, and of the ends of its interval."""
+    interval = _interval(loss, counted)
+    ends = interval and (_exp(interval[0] * tokens), _exp(interval[1] * tokens))
+    return {name: _exp(_mean(loss, counted) * tokens), **_ends(name, ends)}
+
+
+def _exp(value: float) -> float:
+    """exp, infinite where a float cannot hold it (a damaged model)."""
+    return math.inf if value >= 709 else math.exp(value)
 
 
 def _percentile(values: Tensor, share: float) -> float:
