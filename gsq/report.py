@@ -191,27 +191,16 @@ def results(run: Run) -> str | None:
 
 
 def errors(run: Run) -> str | None:
-    """Error of each layer by method, the mean over its targets.
-
-    A target that did not go through a method counts there with its error before, so that all means are of the same.
-    """
-    cells, measured = defaultdict(list), set()
-    for event in run.events.get("target", []):
-        error = None
-        for method in METHODS:
-            if event.get(method) is not None:
-                error = event[method]
-                measured.add((method, event["layer"]))
-            if error is not None:
-                cells[method, event["layer"]].append(error)
+    """Error of each layer by method."""
+    measured = method_errors(run.events.get("target", []))
     if not measured:
         return None
     figure, (axes,) = _figure(3.2)
-    for method, (label, colour, marker) in METHODS.items():
-        layers = sorted(layer for name, layer in measured if name == method)
-        if layers:
-            means = [np.mean(cells[method, layer]) for layer in layers]
-            axes.plot(layers, means, color=colour, marker=marker, markersize=4, linewidth=1.4, label=label)
+    for method, means in measured.items():
+        label, colour, marker = METHODS[method]
+        axes.plot(
+            *zip(*means.items(), strict=True), color=colour, marker=marker, markersize=4, linewidth=1.4, label=label
+        )
     _log_axis(axes)
     _layer_axis(axes)
     axes.set_ylabel("relative error")
@@ -221,6 +210,27 @@ def errors(run: Run) -> str | None:
         "them), D what the quantized ones lack of them, H the Hessian of their inputs; mean of the targets."
     )
     return _section("Weight error by layer", note, _svg(figure, "errors"))
+
+
+def method_errors(targets: Iterable[dict]) -> dict[str, dict[int, float]]:
+    """Mean error of the targets of each layer, by method and layer, from events of the kind `target`.
+
+    A target that did not go through a method counts there with its error before, so that all means are of the same;
+    where no target went through it, there is none.
+    """
+    cells, measured = defaultdict(list), set()
+    for event in targets:
+        error = None
+        for method in METHODS:
+            if event.get(method) is not None:
+                error = event[method]
+                measured.add((method, event["layer"]))
+            if error is not None:
+                cells[method, event["layer"]].append(error)
+    found: dict[str, dict[int, float]] = {}
+    for method, layer in sorted(measured, key=lambda place: (list(METHODS).index(place[0]), place[1])):
+        found.setdefault(method, {})[layer] = float(np.mean(cells[method, layer]))
+    return found
 
 
 def refinement(run: Run) -> str | None:

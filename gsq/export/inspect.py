@@ -21,16 +21,21 @@ def inspect(folder: str | Path) -> list[dict]:
     `tensors` are those alike but for the indices in their names, which `kind` shows as `*`.
     """
     model = open_model(folder)
-    packed = model.packed if isinstance(model, DecodedCheckpoint) else {}
-    sharers = Counter(part for tensor in packed.values() for part in tensor.stored)
     sums: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
-    for name, info in model.tensors.items():
-        stored_as, nbytes = _storage(model, name, sharers)
+    for name, (stored_as, nbytes) in storage(model).items():
         kind = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+        facts = (1, model.tensors[name].numel, nbytes)
         for key in ((kind, stored_as), TOTAL):
-            sums[key] = [before + more for before, more in zip(sums[key], (1, info.numel, nbytes), strict=True)]
+            sums[key] = [before + more for before, more in zip(sums[key], facts, strict=True)]
     sums[TOTAL] = sums.pop(TOTAL)
     return [_row(*key, *counts) for key, counts in sums.items()]
+
+
+def storage(model: Checkpoint) -> dict[str, tuple[str, int]]:
+    """How each tensor of an opened model is stored, in a word or two, and the bytes that takes, in stored order."""
+    packed = model.packed if isinstance(model, DecodedCheckpoint) else {}
+    sharers = Counter(part for tensor in packed.values() for part in tensor.stored)
+    return {name: _storage(model, name, sharers) for name in model.tensors}
 
 
 def _row(kind: str, stored_as: str, tensors: int, weights: int, nbytes: int) -> dict:
