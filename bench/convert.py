@@ -3,7 +3,7 @@
     python bench/convert.py --folder /tmp/convert --gigabytes 10 --format tq --bits 2,3,4
 
 The model has layers of Qwen3-8B (format tq) or of Qwen3.6-35B-A3B (format jangtq), as many as fit,
-with weights from a normal distribution. It is written once; every width of `--bits` is then a
+with random weights. It is written once; every width of `--bits` is then a
 process of its own, which finds nothing of the source in the page cache, and whose output is
 removed. Peak memory is given twice: all resident pages, and those that no file backs (`anon`),
 which the system cannot drop.
@@ -12,6 +12,7 @@ which the system cannot drop.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -22,20 +23,11 @@ from typing import Annotated
 
 import torch
 import typer
-from transformers import (
-    PreTrainedModel,
-    Qwen3_5MoeConfig,
-    Qwen3_5MoeForConditionalGeneration,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from synthetic import MODELS, layout, write_checkpoint
 
-from gsq.model.checkpoint import Checkpoint, CheckpointWriter
+from gsq.model.checkpoint import Checkpoint
 
-DENSE = {
-    "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": False,
-}  # fmt: skip
+SOURCES = {"tq": "Qwen3-8B", "jangtq": "Qwen3.6-35B-A3B"}
 TARGETS = {"tq": r"layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight$", "jangtq": r"mlp\.experts\."}
 
 
@@ -49,8 +41,9 @@ def main(
     """Make the source if it is missing, convert it once for each width, print a table."""
     source = folder / f"{format}-source-{gigabytes:g}gb"
     if not source.exists():
-        few, more = (model_bytes(meta_model(format, layers)) for layers in (4, 8))
-        write_model(meta_model(format, round(4 + (gigabytes * 1e9 - few) / ((more - few) / 4))), source)
+        few, more = (model_bytes(SOURCES[format], layers) for layers in (4, 8))
+        layers = round(4 + (gigabytes * 1e9 - few) / ((more - few) / 4))
+        write_checkpoint(MODELS[SOURCES[format]], MODELS[SOURCES[format]].config(layers), source)
     size = Checkpoint.open(source).nbytes
     print(f"source: {size / 1e9:.2f} GB; {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}\n")
     print("| bits | seconds | MB of bf16 a second | CPU seconds | peak MB | peak MB, anon | output GB |")
@@ -71,27 +64,9 @@ def main(
         shutil.rmtree(out)
 
 
-def meta_model(format: str, layers: int) -> PreTrainedModel:
-    """A model that the format takes, without weights."""
-    with torch.device("meta"):
-        if format == "tq":
-            return Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=layers, **DENSE))
-        return Qwen3_5MoeForConditionalGeneration(Qwen3_5MoeConfig(text_config={"num_hidden_layers": layers}))
-
-
-def model_bytes(model: PreTrainedModel) -> int:
-    """Bytes of its checkpoint in bfloat16."""
-    return 2 * sum(parameter.numel() for parameter in model.parameters())
-
-
-def write_model(model: PreTrainedModel, folder: Path) -> None:
-    """A bfloat16 checkpoint of random weights for a model on the meta device."""
-    writer = CheckpointWriter(folder, shard_bytes=1 << 30)
-    for name, parameter in model.named_parameters():
-        writer.add(name, torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(std=0.02))
-    settings = {"architectures": [type(model).__name__], "dtype": "bfloat16"}
-    writer.write_json("config.json", json.loads(model.config.to_json_string(use_diff=False)) | settings)
-    writer.finish()
+def model_bytes(name: str, layers: int) -> int:
+    """Bytes of a model's checkpoint in bfloat16, if it has so many layers."""
+    return 2 * sum(map(math.prod, layout(MODELS[name], MODELS[name].config(layers)).values()))
 
 
 def conversion(source: Path, rule: dict, out: Path) -> list[str]:
