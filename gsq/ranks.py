@@ -30,7 +30,7 @@ from torch import Tensor
 from gsq.errors import UserError
 
 LANES = 8
-ALONE = timedelta(days=7)  # for what the first process does while the others wait
+GLANCE = 0.1  # seconds between looks whether the first process is done with what the others wait for
 ROLL_CALL = timedelta(seconds=10)
 T = TypeVar("T")
 
@@ -142,12 +142,18 @@ class Ranks:
             return work()
         self._errands += 1
         key = f"gsq errand {self._errands}"
-        if not self.first:
-            _store().wait([key], ALONE)
-            return None
-        done = work()
-        _store().set(key, "done")
-        return done
+        if self.first:
+            done = work()
+            _store().set(key, "done")
+            return done
+        try:
+            while not _store().check([key]):  # in steps, so that signals are heard
+                time.sleep(GLANCE)
+        except RuntimeError as error:
+            raise UserError(
+                f"process 0 of {self.count} ended ({str(error).splitlines()[0]}); its own message says why"
+            ) from None
+        return None
 
     def _gathered(self, own: Tensor, lengths: Sequence[int]) -> Tensor:
         if self.count == 1:

@@ -2,7 +2,7 @@
 
     config.yaml           the whole configuration
     plan.json             what becomes of each tensor
-    source.json           where the weights come from, and a fingerprint of them
+    source.json           where the weights come from, a fingerprint of them, and the checksum of the tokens
     tokens.safetensors    calibration tokens
     layers/00007.safetensors   packed codes, scales and offsets of a finished decoder layer
     layers/outside.safetensors   those of embedding and head, if they are quantized
@@ -10,17 +10,20 @@
     metrics.jsonl         everything measured (`gsq.tracking`)
 
 A layer counts as finished when its journal line is complete and its file has that checksum; both
-are on disk before the next layer starts. So a run may be killed at any moment.
+are on disk before the next layer starts. So a run may be killed at any moment. A program that works on a run
+holds a lock on its config.yaml, which ends with the program.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 from functools import cached_property
 from itertools import chain, count
 from pathlib import Path
+from typing import IO
 
 import yaml
 from safetensors import safe_open
@@ -47,22 +50,26 @@ class Run:
 
     def __init__(self, folder: Path, config: Config, plan: Plan):
         self.folder, self.config, self.plan = folder, config, plan
+        self._lock: IO | None = None
 
     @classmethod
     def create(cls, folder: Path, config: Config, plan: Plan, source: Checkpoint, tokens: Tensor) -> Run:
-        """Start a run in a folder that does not exist yet, with calibration tokens `[windows, length]`."""
+        """Start a run, and lock it, in a folder that does not exist yet; `tokens` `[windows, length]` calibrate it."""
         cls.refuse_existing(folder)
         partial = folder.with_name(folder.name + ".partial")
         (partial / LAYERS).mkdir(parents=True, exist_ok=True)
         save_tensors({"tokens": tokens.contiguous()}, partial / TOKENS)
         (partial / CONFIG).write_text(config.to_yaml())
         (partial / PLAN).write_text(plan.to_json())
-        (partial / SOURCE).write_text(json.dumps({"folder": str(source.folder), "fingerprint": fingerprint(source)}))
+        facts = {"folder": str(source.folder), "fingerprint": fingerprint(source), TOKENS: _checksum(partial / TOKENS)}
+        (partial / SOURCE).write_text(json.dumps(facts))
         (partial / JOURNAL).touch()
         for name in (CONFIG, PLAN, SOURCE, TOKENS):
             sync(partial / name)
         partial.rename(folder)
-        return cls(folder, config, plan)
+        run = cls(folder, config, plan)
+        run._claim()
+        return run
 
     @staticmethod
     def refuse_existing(folder: Path) -> None:
@@ -83,7 +90,7 @@ class Run:
 
     @classmethod
     def resume(cls, folder: Path, config: Config, source: Checkpoint) -> Run:
-        """Open a run to continue it; refused, naming what changed, if config or source differ."""
+        """Open a run to continue it, and lock it; refused, naming what changed, if config, source or tokens differ."""
         run = cls.open(folder)
         before, now = run.config.fixed(), config.fixed()
         changed = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if before[key] != now[key]]
@@ -91,9 +98,28 @@ class Run:
             raise UserError(f"cannot resume {folder}: {'; '.join(changed)}. Restore the setting, or start another run")
         if read_json(folder / SOURCE)["fingerprint"] != fingerprint(source):
             raise UserError(f"cannot resume {folder}: the checkpoint {source.folder} has changed since the run began")
+        if read_json(folder / SOURCE)[TOKENS] != _checksum(folder / TOKENS):
+            raise UserError(f"cannot resume {folder}: its {TOKENS} is damaged; start another run")
+        run._claim()
         run.config = config
         run._cut_journal()
         return run
+
+    def close(self) -> None:
+        """Let others work on this run."""
+        if self._lock:
+            self._lock.close()
+
+    def _claim(self) -> None:
+        """Raise `UserError` if another program works on this run; keep others from it until `close`."""
+        self._lock = open(self.folder / CONFIG)  # noqa: SIM115 (until `close`)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise UserError(f"another program is at work on {self.folder}; wait for its end, or stop it") from None
+        except OSError:  # a file system without locks
+            self.close()
 
     @cached_property
     def source(self) -> Checkpoint:

@@ -22,6 +22,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import fields
 
 import torch
@@ -77,7 +78,7 @@ def train(
     if ranks.first:
         check_space(folder, run.bytes_from(finished))
         started(run, finished)
-    with tracker_for(run, finished, ranks.first) as tracker:
+    with closing(run), tracker_for(run, finished, ranks.first) as tracker:
         if not finished and ranks.first:
             tracker.event("plan", layers=skeleton.num_layers, **run.plan.summary())
             if found := curve(config, skeleton, run.plan):
@@ -91,11 +92,12 @@ def train(
 
 
 def check_shares(config: Config, ranks: Ranks) -> None:
-    """Raise `UserError` if there are more processes than windows to share out."""
-    if ranks.count > min(LANES, config.calib.windows):
+    """Raise `UserError` if there are more processes than can have windows of their own."""
+    most = max(count for count in range(1, LANES + 1) if config.calib.windows > LANES * (count - 1) // count)
+    if ranks.count > most:
         raise UserError(
             f"{ranks.count} processes cannot share the {config.calib.windows} windows of calib.windows, which run in "
-            f"{LANES} lanes; start at most {min(LANES, config.calib.windows)}"
+            f"{LANES} lanes; start at most {most}"
         )
 
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from gsq.config import load_config
+from gsq.config import load_config, parse_config
 from gsq.errors import UserError
 from gsq.ranks import LANES, Ranks, Share, tree_sum
 from gsq.train import check_shares, train
@@ -164,8 +164,22 @@ def test_more_processes_than_lanes_or_windows_are_refused(recipe: Path):
     check_shares(config, Ranks(0, 8))
     with pytest.raises(UserError, match="start at most 8"):
         check_shares(config, Ranks(0, 9))
-    with pytest.raises(UserError, match="start at most 5"):
-        check_shares(load_config(recipe, ["calib.windows=5"]), Ranks(0, 6))
+    with pytest.raises(UserError, match="start at most 2"):
+        check_shares(load_config(recipe, ["calib.windows=5"]), Ranks(0, 3))
+
+
+@given(st.integers(4, 40), st.integers(1, LANES))
+def test_processes_that_are_let_in_have_windows(windows: int, processes: int):
+    config = parse_config(
+        {"model": {"name": "m"}, "plan": {"preset": "gsq2"}, "calib": {"windows": windows, "validation": 1}}
+    )
+    counts = [len(Ranks(index, processes).share(windows).numbers) for index in range(processes)]
+    try:
+        check_shares(config, Ranks(0, processes))
+    except UserError:
+        assert not all(counts)
+    else:
+        assert all(counts)
 
 
 @given(st.integers(1, 40), st.integers(1, LANES))

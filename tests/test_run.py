@@ -31,7 +31,7 @@ from gsq.errors import UserError
 from gsq.init.rtn import round_to_nearest
 from gsq.model.checkpoint import SINGLE, Checkpoint
 from gsq.plan.rules import Plan, PlanEntry
-from gsq.run import JOURNAL, LAYERS, Run
+from gsq.run import JOURNAL, LAYERS, TOKENS, Run
 
 ROOT = Path(__file__).parent.parent
 RECIPE = """
@@ -179,6 +179,22 @@ def test_damaged_layers_are_done_again(damage, run: Path, config: Config, finish
     assert content(run) == content(finished)
     assert journal(run)[0] == before[0]
     assert [line["layer"] for line in journal(run)] == [0, 1]
+
+
+def test_damaged_tokens_are_refused(run: Path, config: Config):
+    content = bytearray((run / TOKENS).read_bytes())
+    content[-1] ^= 1
+    (run / TOKENS).write_bytes(content)
+    with pytest.raises(UserError, match=r"tokens\.safetensors is damaged"):
+        gsq.train.train(config, run, resume=True)
+
+
+def test_one_program_at_a_time(run: Path, config: Config):
+    working = Run.resume(run, Run.open(run).config, Checkpoint.open(config.model.name))
+    with pytest.raises(UserError, match="another program is at work"):
+        gsq.train.train(config, run, resume=True)
+    working.close()
+    gsq.train.train(config, run, resume=True)
 
 
 def test_a_finished_run_is_only_exported_again(run: Path, config: Config, finished: Path):
