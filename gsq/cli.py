@@ -23,6 +23,7 @@ from gsq import units
 from gsq.errors import UserError
 
 if TYPE_CHECKING:  # commands import what they need, so that `gsq --help` is quick
+    from gsq.estimate import Estimate
     from gsq.plan.rules import Plan, PlanEntry
     from gsq.run import Run
     from gsq.serve.verify import KernelReport
@@ -99,6 +100,25 @@ def plan(
 
 
 @app.command()
+def estimate(
+    config: ConfigFile,
+    overrides: Overrides = [],  # noqa: B006
+    device: Annotated[str | None, typer.Option(help="a GPU such as h200; default: this machine")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="of the run, one per GPU")] = 1,
+) -> None:
+    """Memory, disk and time that a run will take, from the checkpoint's headers alone.
+
+    Ends with an error if it does not fit, which says what to change.
+    """
+    from gsq.config import load_config
+    from gsq.estimate import check_fit, estimate_for
+
+    found, folder = estimate_for(load_config(config, overrides), device, processes)
+    show_estimate(found)
+    check_fit(found, folder)
+
+
+@app.command()
 def convert(
     config: ConfigFile,
     out: Annotated[Path, typer.Option(help="folder to write; must not exist")],
@@ -166,8 +186,8 @@ def evaluate(
     ] = None,
     text: Annotated[Path | None, typer.Option(help="text file")] = None,
     base: Annotated[str | None, typer.Option(help="original model, to measure divergence from")] = None,
-    windows: Annotated[int, typer.Option(min=1, help="of the text, without a suite")] = 20,
-    length: Annotated[int, typer.Option(min=2, help="tokens per window, without a suite")] = 1024,
+    windows: Annotated[int | None, typer.Option(min=1, help="of the text, without a suite; default: 20")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="tokens per window, likewise; default: 1024")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="also write the result here")] = None,
     suite: Annotated[str | None, typer.Option(help="quick, card, full or a YAML file: many tests, many models")] = None,
     tests: Annotated[str, typer.Option(help="comma-separated: only these of the suite")] = "",
@@ -181,7 +201,8 @@ def evaluate(
     With --suite, or a suite's YAML file in place of DIR, everything that the suite lists, of all models side by side.
     """
     from gsq.device import activation_dtype, pick_device
-    from gsq.eval.tables import flat_row, headline, write_tables
+    from gsq.eval.tables import headline, write_tables
+    from gsq.eval.views import cache_rows, flat_row
 
     device = pick_device()
     models = models or []
@@ -190,14 +211,24 @@ def evaluate(
     if suite is None:
         from gsq.eval.text import measure_file
 
-        if len(models) != 1 or text is None or url:
+        if len(models) != 1 or text is None:
             raise UserError("give one model and --text FILE, or a suite: gsq eval DIR... --suite quick|card|full|FILE")
-        result = measure_file(models[0], base, text, windows, length, device, activation_dtype(device), kv)
+        if url or served_as or tests or out:
+            raise UserError("--url, --served-as, --tests and --out are of suites; add --suite quick|card|full|FILE")
+        if json_out and not json_out.absolute().parent.is_dir():
+            raise UserError(f"--json {json_out}: there is no folder {json_out.parent}")
+        dtype = activation_dtype(device)
+        result = measure_file(models[0], base, text, windows or 20, length or 1024, device, dtype, kv)
         show_table([flat_row(result)])
+        if sizes := cache_rows(result):
+            show_table(sizes)
         if json_out:
             json_out.write_text(json.dumps(result, indent=2) + "\n")
         return
-    from gsq.eval.suite import compose, named, run_suite
+    if windows or length or json_out:
+        raise UserError("--windows, --length and --json are for one text; a suite has settings, and --out")
+    from gsq.eval.definition import compose, named
+    from gsq.eval.suite import run_suite
 
     chosen = compose(
         suite, named(models, url, served_as), base, kv, text and str(text), tests.split(",") if tests else []
@@ -300,6 +331,17 @@ def show_written(folder: Path) -> None:
 
     total = inspect(folder)[-1]
     console.print(f"wrote {folder} · {units.size(total['bytes'])} · {total['bits per weight']:.2f} bits per weight")
+
+
+def show_estimate(found: Estimate) -> None:
+    """Seconds by phase, what memory holds when it holds most, bytes on disk."""
+    show_table(found.phase_rows())
+    show_table(found.memory_rows())
+    sizes = " · ".join(f"{name} {units.size(nbytes)}" for name, nbytes in found.disk().items())
+    console.print(f"disk: {sizes}")
+    console.print(
+        f"{found.hardware.name}, {found.hardware.processes} processes: about {units.duration(found.total)} in all"
+    )
 
 
 def show_kernels(report: KernelReport) -> None:

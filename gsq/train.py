@@ -34,6 +34,7 @@ from gsq.config import Config
 from gsq.convert import without_calibration
 from gsq.device import activation_dtype, keep_freed_memory, peak_memory, pick_device
 from gsq.errors import UserError
+from gsq.estimate import refuse_unfit, rooms, scratch
 from gsq.eval.quality import eval_tokens, evaluate
 from gsq.export.base import export_run, open_model
 from gsq.export.verify import verify
@@ -72,6 +73,7 @@ def train(
     skeleton = ranks.errand(lambda: opened(config, device)) or opened(config, device)  # the first fetches it for all
     check_shares(config, ranks)
     eval_windows(config, skeleton.checkpoint.folder)
+    refuse_unfit(config, skeleton, scratch(config, folder))
     run = ranks.errand(lambda: begun(folder, config, skeleton, resume, progress)) or Run.open(folder)
     run.config = config
     [finished] = map(int, ranks.total(len(run.finished()) if ranks.first else 0))  # asked once: it reads every layer
@@ -161,7 +163,9 @@ def walk(run: Run, skeleton: Skeleton, finished: int, event: Callable[..., None]
     """Quantize the layers behind the `finished` ones, in order; each process walks with its own windows."""
     config, plan = run.config, run.plan
     recipe = make_recipe(config)
-    tokens, batch, memory = run.tokens(), Batch(config.calib.batch), Memory(skeleton.device)
+    files = scratch(config, run.folder)
+    memory = Memory(skeleton.device, rooms(config, skeleton, plan, files), files)
+    tokens, batch = run.tokens(), Batch(config.calib.batch)
     share = ranks.share(len(tokens))
     originals = Stream(skeleton, tokens, batch, share, memory) if recipe.needs_original else None
     ranks.errand(lambda: run.outside_finished() or run.save_layer(None, round_outside(run, skeleton.device)))
