@@ -33,8 +33,9 @@ from transformers.utils import is_optimum_quanto_available
 
 from gsq.device import activation_dtype, pick_device
 from gsq.errors import UserError
-from gsq.eval.kvcache import KVCache, Layer, Scheme, Size, Vectors
+from gsq.eval.kvcache import KVCache, Layer, Scheme, Size
 from gsq.eval.kvquality import cache_sizes, kv_scores
+from gsq.eval.kvstore import Vectors
 from gsq.eval.quality import Scores, eval_tokens, summary
 from gsq.export.base import open_model
 from gsq.kernels.packing import pack_bytes, unpack_bytes

@@ -27,9 +27,12 @@ from gsq.codebook import Codebook
 from gsq.config import parse_config
 from gsq.errors import UserError
 from gsq.eval import suite
-from gsq.export import card
+from gsq.eval.definition import make_suite
+from gsq.eval.results import result_files
+from gsq.export import card, facts
 from gsq.export.base import FORMATS, export_run, open_model
-from gsq.export.card import Card, Stored, collect, render, role_rows, write_card
+from gsq.export.card import render, role_rows, write_card
+from gsq.export.facts import Card, Stored, collect
 from gsq.plan.roles import Role
 from gsq.tracking import read_metrics
 from gsq.train import train
@@ -70,7 +73,7 @@ ELEMENT = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U32": 4, "U8": 1}
 @pytest.fixture(scope="module", autouse=True)
 def offline():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(card.constants, "HF_HUB_OFFLINE", True)
+        patch.setattr(facts.constants, "HF_HUB_OFFLINE", True)
         yield
 
 
@@ -143,7 +146,7 @@ def tables(markdown: str) -> list[list[dict[str, str]]]:
     return found
 
 
-def facts(markdown: str) -> dict[str, str]:
+def totals(markdown: str) -> dict[str, str]:
     """The table of totals."""
     return {row["of these files"]: row[""] for row in next(rows for rows in tables(markdown) if len(rows[0]) == 2)}
 
@@ -155,7 +158,7 @@ def exactly(text: str) -> int:
 @pytest.mark.parametrize("format", CASES)
 def test_totals_are_those_of_the_files(exports, cards, format):
     folder = exports[format]
-    told, sizes = facts(render(cards[format])), headers(folder)
+    told, sizes = totals(render(cards[format])), headers(folder)
     shards = list(folder.glob("*.safetensors"))
     others = [path for path in folder.iterdir() if path not in shards]
     assert exactly(told["tensors"]) == sum(sizes.values())
@@ -205,7 +208,7 @@ def test_front_matter_is_what_the_hub_reads(exports, cards, format):
 
 @pytest.mark.parametrize("format", CASES)
 def test_the_whole_card_is_markdown(cards, format):
-    body = render(replace(cards[format], name="org/tiny-quantized")).partition(card.MARK)[2]
+    body = render(replace(cards[format], name="org/tiny-quantized")).partition(facts.MARK)[2]
     for block in re.findall(r"(?:^\|.*\n)+", body, re.MULTILINE):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
     kinds = [token.type for token in MarkdownIt("commonmark").enable("table").parse(body)]
@@ -280,7 +283,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_tells_base_licence_and_calibration(finished):
-    text = render(collect(*card.find(finished, None)))
+    text = render(collect(*facts.find(finished, None)))
     data = ModelCard(text).data
     assert (data.base_model, data.license, data.license_name) == ("org/tiny", "other", "tiny-licence")
     assert data.license_link == "https://huggingface.co/org/tiny/blob/main/LICENSE.txt"
@@ -340,7 +343,7 @@ def test_the_original_is_replaced_and_other_readmes_only_by_force(finished, tmp_
     assert readme.read_text() == ORIGINAL  # exports carry it along
     assert write_card(finished).path == readme
     first = readme.read_text()
-    assert card.MARK in first
+    assert facts.MARK in first
     assert write_card(finished / "export", finished).missing == []
     assert readme.read_text() == first
     readme.write_text("# Mine\n")
@@ -391,8 +394,8 @@ class Hub(BaseHTTPRequestHandler):
 def test_the_hub_is_asked_for_a_licence_that_nothing_else_tells(exports, monkeypatch):
     hub = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     Thread(target=hub.serve_forever, daemon=True).start()
-    monkeypatch.setattr(card.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(card.constants, "ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+    monkeypatch.setattr(facts.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(facts.constants, "ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
     licences = {base: collect(exports["tq"], base=base).original.get("license") for base in ("org/tiny", "org/other")}
     assert licences == {"org/tiny": "mit", "org/other": None}
     hub.shutdown()
@@ -413,17 +416,55 @@ def test_results_of_a_suite_are_shown_and_told_from_those_of_other_weights(expor
         "models": {"small": str(exports["humming"]), "other": str(exports["tq"])},
         "tests": {"perplexity": {"text": str(tmp_path / "text.txt"), "words": 100, "contexts": [32]}},
     }
-    settings = suite.make_suite(content, "test", "test")
+    settings = make_suite(content, "test", "test")
     results = suite.run_suite(settings, tmp_path / "out", torch.device("cpu"), torch.float32)
-    files = suite.result_files(tmp_path / "out", ["small", "other"])
+    files = result_files(tmp_path / "out", ["small", "other"])
     shown = collect(exports["humming"], evaluations=list(files.values()))
     text = render(shown)
     measured = results[0]["parts"]["perplexity/32"]["result"]
     row = next(row for rows in tables(text) for row in rows if row.get("model") == "small")
     assert units.number(measured["perplexity"]) in row.values()
-    assert not any("weights" in gap for gap in card.missing(shown))
+    assert not any("weights" in gap for gap in facts.missing(shown))
     strange = collect(exports["humming"], evaluations=[files["other"]])
-    assert any("weights" in gap for gap in card.missing(strange))
+    assert any("weights" in gap for gap in facts.missing(strange))
+
+
+def suite_result(label: str, prompt: str = "Say hello.", answer: str = "hello") -> dict:
+    """A result file's content with one sample."""
+    cell = {"context": 0, "prompt": prompt, "text": answer, "distinct": {"4": None}}
+    part = {"test": "samples", "environment": 0, "result": cell}
+    environment = {"device": "cpu: x", "dtype": "float32", "versions": {}}
+    parts = {"samples/0/own": part}
+    return {"schema": 1, "model": {"label": label}, "environments": [environment], "parts": parts}
+
+
+def test_what_models_and_people_wrote_is_text(exports, tmp_path):
+    """Nothing in it ends a cell or a fold, hides what follows, or links."""
+    said = "a \\\\| b </details> <!-- [x](http://y) ![z](w) **c** `d"
+    (tmp_path / "r.json").write_text(json.dumps(suite_result("*m*", prompt="1 < 2\n| </summary>", answer=said)))
+    text = render(collect(exports["tq"], evaluations=[tmp_path / "r.json"]))
+    assert text.count("</details>") == text.count("</summary>") == text.count("<details>") == 1
+    tokens = MarkdownIt("commonmark").enable("table").parse(text.partition(facts.MARK)[2])
+    (row,) = (token for token in tokens if token.type == "inline" and "details" in token.content and token.level == 4)
+    assert {child.type for child in row.children} <= {"text", "text_special"}
+    assert "".join(child.content for child in row.children) == said
+    assert "<!--" not in text.partition(facts.MARK)[2]
+
+
+def test_two_results_of_one_name_are_refused(exports, tmp_path):
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for file in files:
+        file.write_text(json.dumps(suite_result("mine")))
+    with pytest.raises(UserError, match="two of the results are of models called 'mine'"):
+        collect(exports["tq"], evaluations=files)
+
+
+def test_links_to_licences_stay_in_the_folder(exports, tmp_path):
+    for link in ("../outside.txt", str(tmp_path / "outside.txt")):
+        (exports["tq"].parent / "outside.txt").touch()
+        (tmp_path / "outside.txt").touch()
+        shown = replace(collect(exports["tq"]), original={"license": "other", "license_link": link})
+        assert "license_link" not in ModelCard(render(shown)).data.to_dict()
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,9 @@ from transformers import (
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from gsq.errors import UserError
-from gsq.eval.kvcache import FIRST, Layer, Rows, Scheme, Turbo, Turn, Vectors
+from gsq.eval.kvcache import Layer, Scheme
 from gsq.eval.kvquality import PLAIN, kv_divergence, kv_scores
+from gsq.eval.kvstore import FIRST, Rows, Turbo, Turn, Vectors
 from gsq.eval.quality import summary
 from gsq.levels import sphere_levels
 from gsq.model.checkpoint import Checkpoint

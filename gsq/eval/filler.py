@@ -1,4 +1,4 @@
-"""Prompts of an exact number of tokens, filled with text.
+"""Prompts of a given number of tokens, filled with text.
 
 How many tokens a text has is known only by counting the whole prompt: tokens join across borders, and
 templates add their own. So the prompt is built with more or less of the text until the count is right.
@@ -9,10 +9,11 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable
+from functools import lru_cache
 
-from gsq.calib.tokens import documents
+from gsq.calib.tokens import documents, text_mark
 from gsq.errors import UserError
-from gsq.eval.subject import Prompt, Subject
+from gsq.eval.subject import Prompt, Server, Subject
 from gsq.eval.text import DATASETS
 
 CHARACTERS = 24  # of text per token of context that are read; words of technical prose have fewer
@@ -28,6 +29,12 @@ SENTENCE = re.compile(r"(?<=[.!?])\s+(?=\S)|\n+\s*(?=\S)")  # what parts sentenc
 
 def read_text(source: str, setting: str, context: int) -> str:
     """Text of a file, glob or hub dataset, enough for `context` tokens; errors name the `setting`."""
+    return _read_text(source, setting, context, text_mark(source, setting))
+
+
+@lru_cache(maxsize=8)
+def _read_text(source: str, setting: str, context: int, _mark: str) -> str:
+    """Tests and their checks read the same; `_mark` changes with the files."""
     pieces: list[str] = []
     needed = context * CHARACTERS
     for document in documents(source, None, setting, DATASETS):
@@ -98,4 +105,27 @@ def require_window(contexts: tuple[int, ...], subject: Subject, setting: str) ->
     if subject.window is not None and max(contexts) > subject.window:
         raise UserError(
             f"{setting}: {subject.name} takes {subject.window} tokens, prompt and answer together, not {max(contexts)}"
+        )
+
+
+def require_fill(
+    build: Callable[[str], Prompt], text: str, contexts: tuple[int, ...], answer: int, subject: Subject, setting: str
+) -> None:
+    """Raise `UserError` unless `build(beginning of text)` and an answer of so many tokens can fill every context.
+
+    A server without a tokenizer counts by reading, which is work, and is not asked.
+    """
+    if isinstance(subject, Server) and subject.tokenizer is None:
+        return
+    bare = subject.count(build("")) + answer
+    if bare > min(contexts):
+        raise UserError(
+            f"{setting}: question and answer alone take {bare} tokens of {subject.name}; "
+            f"use contexts of more than {min(contexts)}"
+        )
+    most = subject.count(build(text)) + answer
+    if most < max(contexts):
+        raise UserError(
+            f"{setting}: the text fills a context of {most} tokens of {subject.name}, not of {max(contexts)}; "
+            "give a longer text, or shorter contexts"
         )

@@ -93,10 +93,10 @@ def parts(settings: Settings) -> dict[str, Callable[[Subject], dict]]:
 def check(settings: Settings, subject: Subject) -> None:
     """Raise `UserError`, before any work, for tasks that are unknown, without data, or beyond a server's abilities."""
     for name in task_names(settings.tasks):
-        with _quiet(), loaded(settings, name) as found:
-            likelihoods = any(map(_needs_likelihoods, found["tasks"].values()))
-        if likelihoods and isinstance(subject, Server):
+        if _compares(settings.model_dump_json(), name) and isinstance(subject, Server):
             _check_likelihoods(settings, subject, name)
+    if settings.chat and not subject.chats:
+        raise UserError(f"accuracy.chat: {subject.name} has no chat template; use chat: false")
 
 
 def measure(subject: Subject, settings: Settings, task: str) -> dict:
@@ -247,7 +247,15 @@ def _data_files(settings: Settings, task: str) -> dict[str, str]:
     """Local files of a task by split; a single one is what is asked."""
     short = next((name for name, (_, tasks) in BENCHMARKS.items() if task in tasks), task)
     given = settings.data.get(task, settings.data.get(short, {}))
-    return {"test": given} if isinstance(given, str) else given
+    files = {"test": given} if isinstance(given, str) else given
+    return {split: str(Path(file).expanduser()) for split, file in files.items()}
+
+
+@cache
+def _compares(settings: str, name: str) -> bool:
+    """Whether a task or group compares likelihoods; its data is loaded once for all models, not once for each."""
+    with _quiet(), loaded(Settings.model_validate_json(settings), name) as found:
+        return any(map(_needs_likelihoods, found["tasks"].values()))
 
 
 def _needs_likelihoods(task: lm_eval.api.task.Task) -> bool:

@@ -1,6 +1,6 @@
 """A needle in a haystack: a verification code, stated once somewhere in a long text, is to be said verbatim.
 
-Prompt and room for the answer fill the context exactly. The question is put so that models which only
+Prompt and room for the answer fill the context. The question is put so that models which only
 complete text can answer it ("The verification code is"), which also keeps models from thinking aloud;
 `form: chat` asks in a message instead. An answer counts if the code stands in it.
 
@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from pydantic import Field
 
 from gsq.config import Positive, Section
-from gsq.eval.filler import filled, read_text, require_window, sentence_starts, turned
+from gsq.errors import UserError
+from gsq.eval.filler import filled, read_text, require_fill, require_window, sentence_starts, turned
 from gsq.eval.intervals import wilson
 from gsq.eval.subject import Prompt, Subject
 from gsq.report import FIGURE_STYLE
@@ -62,6 +63,18 @@ def parts(settings: Settings) -> dict[str, Callable[[Subject], dict]]:
 def check(settings: Settings, subject: Subject) -> None:
     """Raise `UserError`, before any work, for what this subject cannot do."""
     require_window(settings.contexts, subject, "needle.contexts")
+    if settings.form == "chat" and not subject.chats:
+        raise UserError(f"needle.form: {subject.name} has no chat template; use form: completion")
+    text = read_text(settings.text, "needle.text", max(settings.contexts))
+    needle = NEEDLE.format(code="1" * DIGITS)
+    require_fill(
+        lambda filler: ask(insert(filler, needle, [], 50), settings.form),
+        text,
+        settings.contexts,
+        settings.max_tokens,
+        subject,
+        "needle.contexts",
+    )
 
 
 def search(subject: Subject, settings: Settings, text: str, context: int, depth: int) -> dict:
@@ -89,14 +102,14 @@ def haystack(subject: Subject, text: str, code: str, tokens: int, depth: int, fo
     """A prompt of `tokens` tokens with the needle at the border of sentences nearest to `depth` percent of the text."""
     needle = NEEDLE.format(code=code)
     borders = sentence_starts(text)
+    return filled(lambda filler: ask(insert(filler, needle, borders, depth), form), text, tokens, subject)
 
-    def build(filler: str) -> Prompt:
-        content = insert(filler, needle, borders, depth)
-        if form == "chat":
-            return [{"role": "user", "content": CHAT.format(text=content, question=QUESTION)}]
-        return COMPLETION.format(text=content, question=QUESTION)
 
-    return filled(build, text, tokens, subject)
+def ask(content: str, form: str) -> Prompt:
+    """The question behind `content`."""
+    if form == "chat":
+        return [{"role": "user", "content": CHAT.format(text=content, question=QUESTION)}]
+    return COMPLETION.format(text=content, question=QUESTION)
 
 
 def insert(text: str, needle: str, borders: list[int], depth: int) -> str:

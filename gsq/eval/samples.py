@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field
 
 from gsq.config import Positive, Section
-from gsq.eval.filler import filled, read_text, require_window
+from gsq.eval.filler import filled, read_text, require_fill, require_window
 from gsq.eval.subject import Prompt, Subject
 
 PROMPTS = {
@@ -42,7 +42,7 @@ class Settings(Section):
 
 def parts(settings: Settings) -> dict[str, Callable[[Subject], dict]]:
     """One part per context and prompt, `samples/2048/explain`; raises `UserError` if the text cannot be read."""
-    text = read_text(settings.text, "samples.text", max(settings.contexts)) if any(settings.contexts) else ""
+    text = _text(settings)
     return {
         f"samples/{context}/{prompt}": lambda subject, own=(context, prompt): sample(subject, settings, text, *own)
         for context in settings.contexts
@@ -52,28 +52,35 @@ def parts(settings: Settings) -> dict[str, Callable[[Subject], dict]]:
 
 def check(settings: Settings, subject: Subject) -> None:
     """Raise `UserError`, before any work, for what this subject cannot do."""
-    require_window(settings.contexts, subject, "samples.contexts")
+    require_window((*settings.contexts, settings.max_tokens), subject, "samples.contexts")
+    contexts = tuple(filter(None, settings.contexts))
+    text = _text(settings)
+    for prompt in settings.prompts if contexts else ():
+        build = question(subject, prompt)
+        require_fill(build, text, contexts, settings.max_tokens, subject, "samples.contexts")
 
 
 def sample(subject: Subject, settings: Settings, text: str, context: int, prompt: str) -> dict:
     """The greedy answer to one prompt behind `context` tokens of text, the answer's room included."""
-    asked = PROMPTS.get(prompt, prompt)
-
-    def build(filler: str) -> Prompt:
-        if subject.chats:
-            return [{"role": "user", "content": ASK.format(text=filler, prompt=asked).strip()}]
-        return COMPLETION.format(text=filler, prompt=asked).strip()
-
+    build = question(subject, prompt)
     whole = filled(build, text, context - settings.max_tokens, subject) if context else build("")
     answer = subject.generate(whole, settings.max_tokens)
     return {
         "context": context,
-        "prompt": asked,
+        "prompt": PROMPTS.get(prompt, prompt),
         "text": answer.text,
         "prompt_tokens": answer.prompt_tokens,
         "new_tokens": answer.new_tokens,
         "distinct": distinct(answer.text),
     }
+
+
+def question(subject: Subject, prompt: str) -> Callable[[str], Prompt]:
+    """What makes a prompt, built in or not, of the text before it, in the way that the subject takes."""
+    asked = PROMPTS.get(prompt, prompt)
+    if subject.chats:
+        return lambda text: [{"role": "user", "content": ASK.format(text=text, prompt=asked).strip()}]
+    return lambda text: COMPLETION.format(text=text, prompt=asked).strip()
 
 
 def distinct(text: str) -> dict[str, float | None]:
@@ -96,6 +103,12 @@ def summary(results: dict[str, dict]) -> dict:
         cells = [cell["distinct"] for cell in results.values() if cell["context"] == context]
         means[str(context)] = {str(n): _mean([cell[str(n)] for cell in cells]) for n in NGRAMS}
     return means
+
+
+def _text(settings: Settings) -> str:
+    """What fills the contexts, if there are any."""
+    longest = max(settings.contexts)
+    return read_text(settings.text, "samples.text", longest) if longest else ""
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 
 from gsq.config import Positive, Section
-from gsq.eval.filler import filled, random_words, read_text, require_window
+from gsq.eval.filler import filled, random_words, read_text, require_fill, require_window
 from gsq.eval.subject import Answer, Prompt, Subject
 
 INTERVAL = 0.005  # seconds between looks at the memory of this process
@@ -41,8 +41,7 @@ class Settings(Section):
 
 def parts(settings: Settings) -> dict[str, Callable[[Subject], dict]]:
     """One part per context, `speed/512`; raises `UserError` if the text cannot be read."""
-    longest = max(settings.contexts)
-    text = read_text(settings.text, "speed.text", longest) if settings.text else random_words(longest, settings.seed)
+    text = _text(settings)
     return {
         f"speed/{context}": lambda subject, context=context: measure(subject, settings, text, context)
         for context in settings.contexts
@@ -52,6 +51,7 @@ def parts(settings: Settings) -> dict[str, Callable[[Subject], dict]]:
 def check(settings: Settings, subject: Subject) -> None:
     """Raise `UserError`, before any work, for what this subject cannot do."""
     require_window(settings.contexts, subject, "speed.contexts")
+    require_fill(new_beginning(), _text(settings), settings.contexts, settings.new_tokens, subject, "speed.contexts")
 
 
 def measure(subject: Subject, settings: Settings, text: str, context: int) -> dict:
@@ -76,8 +76,13 @@ def measure(subject: Subject, settings: Settings, text: str, context: int) -> di
 
 def new_prompt(subject: Subject, text: str, tokens: int) -> Prompt:
     """A prompt of so many tokens that begins as none before it."""
+    return filled(new_beginning(), text, tokens, subject)
+
+
+def new_beginning() -> Callable[[str], Prompt]:
+    """Puts words before a text that were never there before."""
     own = uuid.uuid4().hex
-    return filled(lambda filler: f"{own}\n{filler}", text, tokens, subject)
+    return lambda text: f"{own}\n{text}"
 
 
 def writing_rate(answer: Answer) -> float | None:
@@ -108,6 +113,11 @@ def summary(results: dict[str, dict]) -> dict:
         }
         for cell in sorted(results.values(), key=lambda cell: cell["context"])
     }
+
+
+def _text(settings: Settings) -> str:
+    longest = max(settings.contexts)
+    return read_text(settings.text, "speed.text", longest) if settings.text else random_words(longest, settings.seed)
 
 
 def device_name(device: torch.device | None) -> str | None:

@@ -7,6 +7,7 @@ asks, and how answers are judged, is not known here.
 
 from __future__ import annotations
 
+import gc
 import http.client
 import json
 import os
@@ -149,7 +150,6 @@ class Server:
     """
 
     device = None
-    chats = True
     scheme = None  # the server keeps its cache as it likes
 
     def __init__(self, url: str, model: str | None = None, tokenizer: str | Path | None = None, timeout=TIMEOUT):
@@ -197,6 +197,11 @@ class Server:
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer that was named."""
         return load_tokenizer(resolve_model(str(self.tokenizer_path))) if self.tokenizer_path else None
+
+    @property
+    def chats(self) -> bool:
+        """Whether it takes messages: yes, as far as its tokenizer does not tell otherwise."""
+        return self.tokenizer is None or bool(self.tokenizer.chat_template)
 
     def _listed(self, needed: bool) -> dict[str, dict]:
         """What the server says of its models, by name; nothing if its list is broken and not `needed`.
@@ -301,6 +306,13 @@ def load_packed(folder: Path, format: str, device: torch.device, dtype: torch.dt
     check_room(folder, Checkpoint.open(folder).nbytes, device)
     named = {"quantization_config": gsq.hf.TQConfig()} if format == "tq" else {}  # TQ exports do not name themselves
     return AutoModelForCausalLM.from_pretrained(folder, device_map={"": device}, dtype=dtype, **named).eval()
+
+
+def free_memory() -> None:
+    """Give back what models held that nothing refers to any more: the next one must fit beside it."""
+    gc.collect()  # modules refer to each other in circles
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def check_room(folder: Path, nbytes: int, device: torch.device) -> None:

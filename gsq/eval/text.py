@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -59,7 +59,9 @@ class Settings(Section):
 
     text: str = Field("wikitext", description="file or glob of text or JSONL, or a hub dataset")
     words: Positive = Field(16000, description="read so many words of it, or all if it has fewer")
-    contexts: tuple[int, ...] = Field((1024,), description="context lengths in tokens", min_length=1)
+    contexts: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        (1024,), description="context lengths in tokens", min_length=1
+    )
     mode: Literal["windows", "rolling"] = Field(
         "windows", description="how text is cut: consecutive windows, or every token predicted once"
     )
@@ -181,6 +183,8 @@ def measure_file(
 
     With a KV-cache scheme `kv` the base is the model itself with a 16-bit cache, and sizes of the cache are added.
     """
+    if kv and base:
+        raise UserError("--kv measures divergence from the same model with a 16-bit cache; leave out --base")
     folder = resolve_model(model)
     tokenizer = load_tokenizer(folder)
     tokens = eval_tokens(file, tokenizer, windows, length)
@@ -188,8 +192,6 @@ def measure_file(
     if kv is None:
         reference = open_model(resolve_model(base)) if base else None
         return evaluate(open_model(folder), reference, tokens, device, dtype, words=words)
-    if base:
-        raise UserError("--kv measures divergence from the same model with a 16-bit cache; leave out --base")
     from gsq.eval.kvcache import Scheme
     from gsq.eval.kvquality import kv_divergence
     from gsq.eval.subject import Local
@@ -255,7 +257,7 @@ def _first_words(texts: Iterable[str], words: int) -> Iterator[str]:
 def _consecutive(texts: Iterable[str], tokenizer, length: int, most: int | None) -> Windows | None:
     ids = [token for document in joined(texts, tokenizer) for token in document]
     count = min(len(ids) // length, most or len(ids))
-    if not count or length < 2:
+    if not count:
         return None
     tokens = torch.tensor(ids[: count * length]).view(count, length)
     return Windows(tokens, torch.ones(count, length - 1, dtype=torch.bool), predicted_words(tokenizer, tokens))

@@ -38,7 +38,7 @@ class Format:
 
     module: str
     description: str
-    usage: str = "serve it: vllm serve {folder}"
+    usage: str = "serve it: gsq serve {folder}"
     fuses: bool = True
 
 
@@ -59,7 +59,7 @@ FORMATS: dict[str, Format] = {
     "mlx": Format(
         "gsq.export.mlx",
         "affine codes of 2 to 8 bits, for MLX with mlx_lm",
-        usage="use it: mlx_lm.chat --model {folder}",
+        usage="use it: mlx_lm.chat --model {folder}, or gsq serve {folder}",
         fuses=False,
     ),
 }

@@ -1,62 +1,44 @@
 """The model card of an export: a README for the hub that tells what is stored, how it came about, and how to use it.
 
-Numbers are those of the stored tensors and files; how they were made is told only if the run is given, and how good
-they are only if that was measured. What is not known is left out, and said to the caller instead. Licence, language
-and task are those of the original's own card.
-
-Sections take a `Card` and give Markdown, or None if there is nothing to say.
+`gsq.export.facts` finds out what is known; here it is put into words. Sections take a `Card` and give Markdown, or
+None if there is nothing to say.
 """
 
 from __future__ import annotations
 
-import json
-import re
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
-from urllib.request import urlopen
 
-import torch
 import yaml
-from huggingface_hub import constants
 
 from gsq import units
-from gsq.calib.tokens import DATASETS, FILES
 from gsq.errors import UserError
-from gsq.eval.suite import read_results
-from gsq.eval.tables import all_tables, environments, headline, markdown_table
-from gsq.export.base import format_of, open_model
-from gsq.export.inspect import storage
-from gsq.files import write_whole
-from gsq.model.checkpoint import Checkpoint, fingerprint, read_json
-from gsq.model.skeleton import Skeleton, aliases
-from gsq.model.targets import sources
-from gsq.plan.roles import ROLES, Role, find_roles, role_of_unloaded, together
-from gsq.report import METHODS, method_errors
-from gsq.run import PLAN, SOURCE, Run
-from gsq.serve.launch import MACHINES, describe, servers_of
-from gsq.tracking import read_metrics
-from gsq.train import export_folder
-
-README = "README.md"
-MARK = "<!-- written by gsq card -->"  # tells a card of ours from the original's, which exports carry along
-INHERITED = ("license", "license_name", "license_link", "language")  # keys of the original's front matter
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$")  # where the hub's cache has a model
-IMAGES = "image-text-to-text"
-HUB_SECONDS = 10.0  # that the hub may take to tell a licence
-
-STORED_AS = (  # labels of packed tensors, see `gsq inspect`, and what they say to people
-    (r"uint(\d) g(\d+)", "{0}-bit integers, groups of {1}"),
-    (r"affine(\d) g(\d+)", "{0}-bit affine, groups of {1}"),
-    (r"tq(\d) g(\d+)", "{0}-bit Lloyd-Max, rotated groups of {1}"),
-    (r"jangtq(\d)", "{0}-bit Lloyd-Max, rotated rows"),
+from gsq.eval.tables import all_tables, environments, headline, inline, markdown_table
+from gsq.export.facts import (
+    HUB_ID,
+    MARK,
+    README,
+    Card,
+    Stored,
+    collect,
+    find,
+    measured_by_run,
+    missing,
+    public_name,
+    replaceable,
 )
+from gsq.files import write_whole
+from gsq.plan.roles import ROLES, Role, together
+from gsq.report import METHODS, method_errors
+from gsq.run import Run
+from gsq.serve.launch import MACHINES, describe, servers_of
+
+INHERITED = ("license", "license_name", "license_link", "language")  # keys of the original's front matter
+IMAGES = "image-text-to-text"
 LIBRARIES = {"mlx": "mlx", "jangtq": "mlx"}  # of the hub, by format; others are transformers'
 TAGS = {
     "humming": ("humming", "vllm"),
@@ -87,88 +69,6 @@ ARGUMENTS = {"tq": 'device_map="auto", quantization_config=gsq.hf.TQConfig()'}
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor of the dense model as the folder stores it; `layer` None: in no decoder layer."""
-
-    name: str
-    role: Role
-    layer: int | None
-    label: str
-    weights: int
-    nbytes: int
-
-    @property
-    def kind(self) -> str:
-        """How it is stored, for people."""
-        found = ((re.fullmatch(pattern, self.label), words) for pattern, words in STORED_AS)
-        return next((words.format(*match.groups()) for match, words in found if match), self.label)
-
-    @property
-    def bits(self) -> int | None:
-        """Bits of a stored code; None if it is not quantized."""
-        return None if self.kind == self.label else int(re.search(r"\d", self.label)[0])
-
-
-@dataclass
-class Card:
-    """Everything that a card may tell.
-
-    `base` is the original's id on the hub, `revision` its commit, `original` the front matter of its card; `name` is
-    what this model is called on the hub.
-    """
-
-    folder: Path
-    run: Run | None = None
-    base: str | None = None
-    revision: str | None = None
-    original: dict = field(default_factory=dict)
-    name: str | None = None
-    results: list[dict] = field(default_factory=list)  # of `gsq eval` suites
-    measured: list[dict] = field(default_factory=list)  # perplexity and divergence alone, each with its `label`
-
-    @cached_property
-    def model(self) -> Checkpoint:
-        """The export as dense tensors."""
-        return open_model(self.folder)
-
-    @cached_property
-    def format(self) -> str:
-        """Its format; raises `UserError` if it has none."""
-        if found := format_of(Checkpoint.open(self.folder)):
-            return found
-        raise UserError(f"{self.folder} is not quantized, so there is nothing to tell; give an export or its run")
-
-    @cached_property
-    def tensors(self) -> list[Stored]:
-        """What it stores, each tensor with its role."""
-        return stored_tensors(self.model)
-
-    @cached_property
-    def events(self) -> dict[str, list[dict]]:
-        """Events of the run by kind."""
-        events = defaultdict(list)
-        for event in read_metrics(self.run.folder) if self.run else ():
-            events[event["kind"]].append(event)
-        return events
-
-    @property
-    def title(self) -> str:
-        """What it is called: its own name, or that of its base and the format."""
-        named = self.name or f"{self.base or self.source or self.folder.resolve().name}, {self.format}"
-        return named.rpartition("/")[2]
-
-    @property
-    def source(self) -> str | None:
-        """What the run's config calls the original, if it does not stand for the base's id."""
-        return _public(self.run.config.model.name) if self.run and not self.revision else None
-
-    @property
-    def path(self) -> str:
-        """What commands call the folder."""
-        return self.title if self.name else "."
-
-
-@dataclass(frozen=True)
 class Written:
     """A card that was written, and what it would tell if that were known."""
 
@@ -196,88 +96,11 @@ def write_card(
     folder, run = find(Path(folder), run and Path(run))
     path = Path(out) if out else folder / README
     card = collect(folder, run, base, evaluations, name)
-    if path.exists() and not force and not _replaceable(path, card.run):
+    if path.exists() and not force and not replaceable(path, card.run):
         raise UserError(f"{path} was not written by gsq card; --force replaces it, --out writes elsewhere")
     text = render(card)
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"), len(text.encode()))
     return Written(path, missing(card))
-
-
-def find(folder: Path, run: Path | None) -> tuple[Path, Path | None]:
-    """Folders of the export and, if it is known, of its run, for an argument that may be either."""
-    if not (folder / PLAN).exists():
-        parent = folder.resolve().parent
-        return folder, run or (parent if (parent / PLAN).exists() else None)
-    export = export_folder(folder, Run.open(folder).config)
-    if not export.exists():
-        raise UserError(f"{folder} has no export in {export}; gsq export {folder} --out DIR, then gsq card DIR")
-    return export, folder
-
-
-def collect(
-    folder: Path,
-    run: Path | None = None,
-    base: str | None = None,
-    evaluations: Sequence[Path] = (),
-    name: str | None = None,
-) -> Card:
-    """Gather what a card tells; raises `UserError` for what does not belong together."""
-    card = Card(folder, run=run and Run.open(run), name=name)
-    if card.format and card.run:
-        check_run(card.run, card.tensors)
-    card.base, card.revision = _base(card, base)
-    card.original = _original(card)
-    for path in evaluations:
-        content = read_json(path)
-        if "perplexity" in content:
-            card.measured.append({"label": path.stem, **content})
-        else:
-            card.results.append(read_results(path))
-    return card
-
-
-def stored_tensors(model: Checkpoint) -> list[Stored]:
-    """All tensors of a model, or of an export seen as one, in stored order."""
-    skeleton = Skeleton(model, torch.device("cpu"), torch.bfloat16)
-    layers = skeleton.layer_names
-    roles: dict[str, tuple[Role, int | None]] = {}
-    for parameter, role in find_roles(skeleton.model, layers).items():
-        shape = tuple(skeleton.model.get_parameter(parameter).shape)
-        found = next(filter(None, (sources(alias, shape, model.tensors) for alias in aliases(parameter))), [])
-        layer = next((i for i, prefix in enumerate(layers) if parameter.startswith(prefix + ".")), None)
-        for name in found:
-            roles.setdefault(name, (role, layer))
-    return [
-        Stored(name, *roles.get(name, (role_of_unloaded(name, layers), None)), label, model.tensors[name].numel, nbytes)
-        for name, (label, nbytes) in storage(model).items()
-    ]
-
-
-def check_run(run: Run, tensors: Iterable[Stored]) -> None:
-    """Raise `UserError` if a tensor that the run quantized is not packed in an export, which then is another run's.
-
-    Compared by role and layer: formats name experts differently.
-    """
-    packed = {(tensor.role.family, tensor.layer) for tensor in tensors if tensor.bits}
-    for entry in run.plan.targets():
-        if (Role.read(entry.role).family, entry.layer) not in packed:
-            raise UserError(f"{run.folder} quantized {entry.name}, but the export did not; give the run that made it")
-
-
-def missing(card: Card) -> list[str]:
-    """What the card had to leave out, and the remedy."""
-    gaps = []
-    if card.base is None:
-        gaps.append("the base model is not known; give its id with --base org/model")
-    if "license" not in card.original:
-        gaps.append("the licence is not known; add that of the base model to the front matter")
-    if card.run is None:
-        gaps.append("how it was quantized is not known; give its run with --run")
-    if not (card.results or card.measured or card.events.get("eval")):
-        gaps.append("it was not measured; give results of gsq eval with --eval")
-    if card.results and not any(_is_of(result, card) for result in card.results):
-        gaps.append("no result of the suite is of these very weights: the fingerprints differ")
-    return gaps
 
 
 def render(card: Card) -> str:
@@ -291,7 +114,7 @@ def front_matter(card: Card) -> dict:
     """Keys that the hub documents, those only whose values are known."""
     fields = {key: card.original[key] for key in INHERITED if card.original.get(key)}
     link = str(fields.pop("license_link", ""))
-    if "://" in link or (card.folder / link).is_file():
+    if "://" in link or (link == Path(link).name and (card.folder / link).is_file()):
         fields["license_link"] = link
     elif link and card.base:  # a file that the export does not carry along
         fields["license_link"] = f"https://huggingface.co/{card.base}/blob/main/{link}"
@@ -391,14 +214,14 @@ def sizes(card: Card) -> str:
 def evaluation(card: Card) -> str | None:
     """What was measured: by the run, by `gsq eval` on one text, by its suites."""
     parts = []
-    if measured := [*_measured_by_run(card), *card.measured]:
+    if measured := [*measured_by_run(card), *card.measured]:
         parts.append(markdown_table([_measured_row(result) for result in measured]))
         parts.append("KL: divergence from the original, nats per token; top-1: the same token is the likeliest.")
     if card.results:
         parts.append(markdown_table(headline(card.results).rows))
         for label, tables in all_tables(card.results):
             parts += [
-                _folded(f"{label}: {table.title}" if table.title else label, markdown_table(table.rows), table.note)
+                _folded(inline(": ".join(filter(None, (label, table.title)))), markdown_table(table.rows), table.note)
                 for table in tables
                 if table.rows
             ]
@@ -454,7 +277,7 @@ def recipe(card: Card) -> str | None:
     config = card.run.config
     content = config.model_dump(mode="json", include={key.partition(".")[0] for key in config.fixed()})
     content["model"]["name"] = card.source or card.base
-    content["calib"]["source"] = _public(config.calib.source)
+    content["calib"]["source"] = public_name(config.calib.source)
     text = yaml.safe_dump(content, sort_keys=False).rstrip()
     facts = " ".join([*_calibration(card), *_costs(card)])
     return f"## Recipe\n\n{facts}\n\n" + _folded("Settings, for `gsq quantize`", _code("yaml", text))
@@ -463,97 +286,12 @@ def recipe(card: Card) -> str | None:
 def license_of(card: Card) -> str:
     """Whose licence applies."""
     known = card.original.get("license_name") or card.original.get("license")
-    files = [f"[{path.name}]({path.name})" for path in sorted(card.folder.glob("LICENSE*"))]
-    named = f", {known}" if known else ""
+    files = [f"[{path.name}](<{path.name}>)" for path in sorted(card.folder.glob("LICENSE*"))]
+    named = f", {inline(str(known))}" if known else ""
     return f"## License\n\nThat of the base model{named}.{f' See {files[0]}.' if files else ''}"
 
 
 SECTIONS: tuple[Callable[[Card], str | None], ...] = (header, use, sizes, evaluation, errors, recipe, license_of)
-
-
-# Where facts come from
-
-
-def _base(card: Card, given: str | None) -> tuple[str | None, str | None]:
-    """Id of the base model and its commit: as given, as the hub's cache names the run's source, as told before."""
-    if card.run and (found := SNAPSHOT.search(str(_source_folder(card.run)))):
-        name = found[1].replace("--", "/")
-        if given in (None, name):
-            return name, found[2]
-    text = _text(card.folder / README)
-    before = str(_parse(text).get("base_model")) if MARK in text else ""
-    return given or (before if HUB_ID.fullmatch(before) else None), None
-
-
-def _original(card: Card) -> dict:
-    """Front matter of the original's card: the first that names a licence, of the source's, the export's, the hub's."""
-    first: dict = {}
-    for found in _original_cards(card):
-        if "license" in found:
-            return found
-        first = first or found
-    return first
-
-
-def _original_cards(card: Card) -> Iterator[dict]:
-    if card.run:
-        yield _parse(_text(_source_folder(card.run) / README))
-    yield _parse(_text(card.folder / README))
-    if card.base:
-        yield _hub_card(card.base)
-
-
-def _source_folder(run: Run) -> Path:
-    """Where the run found the original, which need not be there any more."""
-    return Path(read_json(run.folder / SOURCE)["folder"])
-
-
-def _hub_card(model: str) -> dict:
-    """Front matter of a model's card on the hub; empty if the hub does not give it, for whatever reason."""
-    if constants.HF_HUB_OFFLINE:
-        return {}
-    with (
-        suppress(OSError, ValueError),
-        urlopen(f"{constants.ENDPOINT}/api/models/{model}", timeout=HUB_SECONDS) as page,
-    ):
-        return json.load(page).get("cardData") or {}
-    return {}
-
-
-def _text(path: Path) -> str:
-    """What is in a text file; nothing if there is none."""
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def _parse(readme: str) -> dict:
-    """The front matter of a README; empty if it has none that is valid."""
-    found = re.match(r"---\r?\n(.*?)\r?\n---", readme, re.DOTALL)
-    with suppress(yaml.YAMLError):
-        fields = yaml.safe_load(found[1]) if found else None
-        return fields if isinstance(fields, dict) else {}
-    return {}
-
-
-def _replaceable(path: Path, run: Run | None) -> bool:
-    """Whether a README is a card of ours, or the original's, which the export copied from the run's source."""
-    text = _text(path)
-    return MARK in text or (run is not None and text == _text(_source_folder(run) / README))
-
-
-def _is_of(result: dict, card: Card) -> bool:
-    return result["model"].get("fingerprint") == fingerprint(Checkpoint.open(card.folder))
-
-
-def _measured_by_run(card: Card) -> Iterator[dict]:
-    """What the run measured of its own export, the last of each label."""
-    if card.run is None:
-        return
-    own = export_folder(card.run.folder, card.run.config)
-    same = own.exists() and own.samefile(card.folder)
-    for event in {event.get("label"): event for event in card.events.get("eval", ())}.values():
-        of = "this" if same else f"the run's export in format {card.run.config.export.format}"
-        text = f", {Path(card.run.config.eval.text).name}" if card.run.config.eval.text else ""
-        yield event | {"label": of + text}
 
 
 def _measured_row(result: dict) -> dict[str, str]:
@@ -581,7 +319,7 @@ def _calibration(card: Card) -> Iterator[str]:
     """What activations were taken from, and whether all experts saw some."""
     config = card.run.config
     windows, length = card.run.tokens().shape
-    text = "that the model wrote itself" if config.calib.source == "self" else f"of {_public(config.calib.source)}"
+    text = "that the model wrote itself" if config.calib.source == "self" else f"of {public_name(config.calib.source)}"
     yield (
         f"Calibrated on {windows * length:,} tokens {text} ({windows} windows of {length}, "
         f"{config.calib.validation} of them held out to judge results)."
@@ -602,14 +340,6 @@ def _costs(card: Card) -> Iterator[str]:
         yield f"The {len(layers)} layers took {units.duration(seconds)}{listed}."
     if starts := card.events.get("start"):
         yield f"Versions: {', '.join(f'{name} {number}' for name, number in starts[-1]['versions'].items())}."
-
-
-def _public(source: str) -> str:
-    """What a setting names, without the path to it on this machine."""
-    local = Path(source).suffix in FILES | {".safetensors", ".gguf"} or not (
-        source == "self" or source in DATASETS or HUB_ID.fullmatch(source)
-    )
-    return Path(source).name if local else source
 
 
 # Numbers and Markdown

@@ -108,7 +108,8 @@ class Environment:
 
     @classmethod
     def of(cls, python: str) -> Environment:
-        """Ask an interpreter; raises `UserError` if it does not answer."""
+        """Ask an interpreter, a path or a name on the `PATH`; raises `UserError` if it does not answer."""
+        python = shutil.which(python) or python
         try:
             answer = subprocess.run([python, "-c", LIST_PACKAGES], capture_output=True, text=True, check=True)
             versions = json.loads(answer.stdout)
