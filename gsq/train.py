@@ -74,22 +74,22 @@ def train(
     check_shares(config, ranks)
     eval_windows(config, skeleton.checkpoint.folder)
     refuse_unfit(config, skeleton, scratch(config, folder))
-    run = ranks.errand(lambda: begun(folder, config, skeleton, resume, progress)) or Run.open(folder)
-    run.config = config
-    [finished] = map(int, ranks.total(len(run.finished()) if ranks.first else 0))  # asked once: it reads every layer
-    if ranks.first:
-        check_space(folder, run.bytes_from(finished))
-        started(run, finished)
-    with closing(run), tracker_for(run, finished, ranks.first) as tracker:
-        if not finished and ranks.first:
-            tracker.event("plan", layers=skeleton.num_layers, **run.plan.summary())
-            if found := curve(config, skeleton, run.plan):
-                tracker.event("curve", **found.to_dict())
-        if finished < skeleton.num_layers:
-            walk(run, skeleton, finished, tracker.event, ranks)
-        ranks.leave()
+    with closing(ranks.errand(lambda: begun(folder, config, skeleton, resume, progress)) or Run.open(folder)) as run:
+        run.config = config
+        [finished] = map(int, ranks.total(len(run.finished()) if ranks.first else 0))  # asked once: it reads all layers
         if ranks.first:
-            finish(run, tracker.event)
+            check_space(folder, run.bytes_from(finished))
+            started(run, finished)
+        with tracker_for(run, finished, ranks.first) as tracker:
+            if not finished and ranks.first:
+                tracker.event("plan", layers=skeleton.num_layers, **run.plan.summary())
+                if found := curve(config, skeleton, run.plan):
+                    tracker.event("curve", **found.to_dict())
+            if finished < skeleton.num_layers:
+                walk(run, skeleton, finished, tracker.event, ranks)
+            ranks.leave()
+            if ranks.first:
+                finish(run, tracker.event)
     return run if ranks.first else None
 
 

@@ -125,7 +125,7 @@ def test_commands_name_files_that_do_not_exist(recipe: dict, gsq):
     assert "none/config.json is missing; is none a model folder?" in gsq("inspect", "none")
     assert "cannot read none.txt" in gsq("eval", "model", "--text", "none.txt")
     measure = ["eval", "model", "--text", "text.txt", "--windows", "1", "--length", "8"]
-    assert "No such file or directory: 'no/out.json'" in gsq(*measure, "--json", "no/out.json")
+    assert "--json no/out.json: there is no folder no" in gsq(*measure, "--json", "no/out.json")
     assert "model is dense already" in gsq("dequantize", "model", "--out", "out")
 
 
