@@ -306,6 +306,6 @@ def test_accelerate_launches_the_program(recipe: Path, tmp_path: Path):
     export = tmp_path / "run" / "export"
     assert "14 tensors quantized at 2.50 bits per weight" in done.stdout
     assert f"wrote {export} · 40.06 kB · 3.90 bits per weight" in done.stdout
-    assert f"serve it: vllm serve {export}" in done.stdout
+    assert f"serve it: gsq serve {export}" in done.stdout
     assert "GSQ: perplexity" in done.stderr
     assert (tmp_path / "run" / "report.html").exists()
