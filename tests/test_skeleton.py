@@ -55,6 +55,18 @@ def rewrite(folder: Path, change) -> None:
     save_file(change(tensors) or tensors, folder / SINGLE)
 
 
+@torch.no_grad()
+def test_a_checkpoint_without_its_vision_tower_generates(tmp_path: Path):
+    """As MLX exports are, whose config.json still speaks of one."""
+    folder = models.tiny_qwen3_5_moe(tmp_path / "model")
+    before = expected(folder)
+    rewrite(folder, lambda tensors: {name: t for name, t in tensors.items() if "visual" not in name})
+    model = skeleton_of(folder).whole()
+    torch.testing.assert_close(model(input_ids=TOKENS).logits, before)
+    assert model.device == CPU
+    assert model.generate(TOKENS, max_new_tokens=2).shape[1] == TOKENS.shape[1] + 2
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 def test_layers_in_order_read_ahead_or_not(tmp_path: Path, ahead: bool):
     skeleton = skeleton_of(models.tiny_qwen3_5(tmp_path / "model"), max_layers=3)

@@ -72,10 +72,20 @@ class Skeleton:
             return self._forward(tokens).logits
 
     def whole(self) -> nn.Module:
-        """The model with all its weights, ready to generate; it is this skeleton's own, and keeps them."""
-        self._fill(self.model, "")
+        """The model with all its weights, ready to generate text; it is this skeleton's own, and keeps them.
+
+        What text does not pass through, such as a vision tower, is left out: some formats do not have it.
+        """
+        for part in (self.decoder, self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+            self._materialize(part)
         self.model.tie_weights()
-        self.model.to(self.device)  # buffers outside the decoder
+        unused: list[str] = []
+        for path, module in list(self.model.named_modules()):
+            weights = list(module.parameters())
+            if weights and all(w.is_meta for w in weights) and not path.startswith(tuple(unused)):
+                owner, _, name = path.rpartition(".")
+                setattr(self.model.get_submodule(owner), name, nn.Identity())
+                unused.append(path + ".")
         return self.model.requires_grad_(False)
 
     def layers(self, ahead: bool | None = None) -> Iterator[nn.Module]:
