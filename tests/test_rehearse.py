@@ -219,7 +219,8 @@ def test_the_watch_sees_a_peak_and_where(tmp_path: Path):
     look = watch.Watch(tmp_path / "memory.json")
     look.look()
     before = look.peak["anon"]
-    big = torch.ones(50_000_000)
+    big = torch.frombuffer(mmap.mmap(-1, 200_000_000, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.float32)
+    big.fill_(1)  # fresh pages: freed ones are kept
     look.look()
     del big
     look.look()
