@@ -368,17 +368,20 @@ def stopped_by_sigterm() -> Iterator[None]:
     It may come at any moment: whatever is finished is on disk already, and files appear whole or not at all.
     """
 
-    class Stopped(BaseException):
-        pass
+    stopping = False
 
     def stop(*_: object) -> NoReturn:
+        nonlocal stopping
+        stopping = True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers send it more than once
-        raise Stopped
+        raise SystemExit
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except Stopped:
+    except BaseException:  # libraries may turn what the signal raised inside them into errors of their own
+        if not stopping:
+            raise
         sys.stderr.write("stopped by SIGTERM; finished layers are kept: the same command with --resume goes on\n")
         sys.exit(0)
     finally:

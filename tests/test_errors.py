@@ -10,6 +10,8 @@ import errno
 import json
 import os
 import random
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from gsq import files
-from gsq.cli import main
+from gsq.cli import main, stopped_by_sigterm
 from gsq.model.checkpoint import INDEX
 
 FIRST = "model-00001-of-"  # begins the name of a shard
@@ -250,3 +252,25 @@ def test_too_little_space_is_found_before_work_starts(recipe: dict, monkeypatch:
     message = gsq("dequantize", "run/export", "--out", "dense")
     assert "dense needs 164.48 kB, but only 50.00 kB are free there" in message
     assert not list(Path().glob("dense*"))
+
+
+@pytest.mark.parametrize("swallow", [False, True])
+def test_sigterm_inside_a_library_that_turns_it_into_an_error(swallow: bool, capsys):
+    def library() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except BaseException:
+            if swallow:
+                raise ValueError("could not determine the shape") from None
+            raise
+
+    with pytest.raises(SystemExit) as end, stopped_by_sigterm():
+        library()
+    assert end.value.code == 0
+    assert "stopped by SIGTERM; finished layers are kept" in capsys.readouterr().err
+
+
+def test_other_errors_stay_errors():
+    with pytest.raises(ValueError, match="mine"), stopped_by_sigterm():
+        raise ValueError("mine")
