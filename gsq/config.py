@@ -349,18 +349,24 @@ class Config(Section):
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file and apply overrides such as `refine.steps=64`; raises `UserError` for any mistake."""
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read config file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold sections such as model, calib and plan")
+    content = read_yaml(path, "config file", "sections such as model, calib and plan")
     for override in overrides or []:
         _override(content, override)
     content.setdefault("run", f"runs/{path.stem}")
     return parse_config(content, str(path))
+
+
+def read_yaml(path: Path, kind: str, content: str) -> dict:
+    """The mapping in a YAML file; errors call the file a `kind` that must hold `content`."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {kind} {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} must hold {content}")
+    return found
 
 
 def parse_config(content: dict, origin: str = "config") -> Config:

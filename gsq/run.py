@@ -96,9 +96,10 @@ class Run:
         changed = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if before[key] != now[key]]
         if changed:
             raise UserError(f"cannot resume {folder}: {'; '.join(changed)}. Restore the setting, or start another run")
-        if read_json(folder / SOURCE)["fingerprint"] != fingerprint(source):
+        facts = read_json(folder / SOURCE)
+        if facts["fingerprint"] != fingerprint(source):
             raise UserError(f"cannot resume {folder}: the checkpoint {source.folder} has changed since the run began")
-        if read_json(folder / SOURCE)[TOKENS] != _checksum(folder / TOKENS):
+        if facts[TOKENS] != _checksum(folder / TOKENS):
             raise UserError(f"cannot resume {folder}: its {TOKENS} is damaged; start another run")
         run._claim()
         run.config = config

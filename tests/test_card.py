@@ -197,7 +197,7 @@ def test_front_matter_is_what_the_hub_reads(exports, cards, format):
     folder, data = exports[format], ModelCard(render(replace(cards[format], base="org/tiny"))).data
     bits = CASES[format][2]
     assert (data.base_model, data.base_model_relation) == ("org/tiny", "quantized")
-    assert data.library_name == ("mlx" if format in ("mlx", "jangtq") else "transformers")
+    assert data.to_dict()["library_name"] == ("mlx" if format in ("mlx", "jangtq") else "transformers")
     assert OURS.get(format, "compressed-tensors") in data.tags
     assert f"{bits}-bit" in data.tags
     assert data.license is None

@@ -14,10 +14,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import yaml
 from pydantic import Field
 
-from gsq.config import Section, validated
+from gsq.config import Section, read_yaml, validated
 from gsq.errors import UserError
 from gsq.eval.views import file_names
 
@@ -146,15 +145,7 @@ def _base_of(content: dict) -> Any:
 def _read_yaml(path: Path) -> dict:
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"there is no suite {str(path)!r}; suites: {', '.join(SUITES)}, or a YAML file")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read suite {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold `tests`, and `models` if none are given on the command line")
-    return content
+    return read_yaml(path, "suite", "`tests`, and `models` if none are given on the command line")
 
 
 def _reading(text: str, label: str, given: dict, origin: str) -> dict:

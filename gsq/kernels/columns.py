@@ -113,6 +113,11 @@ def tables(levels: Levels, device: torch.device, dtype: torch.dtype) -> tuple[Te
     return table, (table[1:] + table[:-1]) / 2
 
 
+def levels_of(codes: Tensor, table: Tensor) -> Tensor:
+    """Those of `table` `[K]` that `codes`, of any shape, name; on a CPU four times as fast as indexing."""
+    return table.index_select(0, codes.flatten().int()).view(codes.shape)
+
+
 def _propagate(left: Tensor, upper: Tensor, scale: Tensor, offset: Tensor, levels: Levels, count: int) -> Tensor:
     block, factor = _turned(left), upper.permute(1, 2, 0)[..., None]  # [n, batch, rows], [n, n, batch, 1]
     table, _ = tables(levels, left.device, left.dtype)
@@ -121,7 +126,7 @@ def _propagate(left: Tensor, upper: Tensor, scale: Tensor, offset: Tensor, level
     for c in range(count):
         weight, behind = block[c], block[c + 1 :]
         codes[c] = nearest((weight - offset) / divisor, levels)
-        weight.sub_(_levels_of(codes[c], table).mul_(scale)).sub_(offset).div_(factor[c, c])
+        weight.sub_(levels_of(codes[c], table).mul_(scale)).sub_(offset).div_(factor[c, c])
         behind.sub_(torch.mul(factor[c, c + 1 :], weight, out=spread[c + 1 :]))
     left.copy_(block.permute(1, 2, 0))
     return codes.permute(1, 2, 0)
@@ -146,7 +151,7 @@ def _descend(
         move, behind = block[c], block[c + 1 :]
         wanted = move.div_(factor[c, c]).add_(old[c])
         codes[c] = nearest(wanted.sub_(offset).div_(_never_zero(scale)), levels)
-        torch.sub(old[c], _levels_of(codes[c], table).mul_(scale).add_(offset), out=move)
+        torch.sub(old[c], levels_of(codes[c], table).mul_(scale).add_(offset), out=move)
         behind.add_(torch.mul(factor[c, c + 1 :], move, out=spread[c + 1 :]))
     gradient.copy_(block.permute(1, 2, 0))
     return codes.permute(1, 2, 0)
@@ -155,10 +160,6 @@ def _descend(
 def _turned(block: Tensor) -> Tensor:
     """A block `[batch, rows, n]` as contiguous `[n, batch, rows]`."""
     return block.permute(2, 0, 1).contiguous()
-
-
-def _levels_of(codes: Tensor, table: Tensor) -> Tensor:
-    return table.index_select(0, codes.view(-1).int()).view(codes.shape)
 
 
 def _never_zero(scale: Tensor) -> Tensor:
