@@ -21,10 +21,12 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from gsq.kernels.columns import nearest
+from gsq.kernels.columns import levels_of, nearest
 from gsq.levels import gaussian_levels, sphere_levels
 from gsq.rotation import Rotation
 
+CHUNK = {"cpu": 1 << 19}  # weights decoded at once: small for a CPU's cache, large beside the cost of a call;
+ELSEWHERE = 1 << 27  # elsewhere half a gigabyte, of which there are some copies
 SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -162,8 +164,11 @@ class Codebook:
 
     def decode(self, codes: Tensor, scales: Tensor, offsets: Tensor | None = None) -> Tensor:
         """What codes, scales and offsets stand for in the codebook's basis; computed in float32."""
-        values = self.level_table(codes.device)[codes.int()].mul_(self.expand(scales.float()))
-        return values if offsets is None else values.add_(self.expand(offsets.float()))
+        values = levels_of(codes, self.level_table(codes.device))
+        groups = values.unflatten(-1, (-1, self.group_size)).mul_(scales.float()[..., None])
+        if offsets is not None:
+            groups.add_(offsets.float()[..., None])
+        return values
 
     def to_dict(self) -> dict:
         """JSON description; `from_dict` reads it back."""
@@ -212,13 +217,25 @@ class QuantizedTensor:
         return self.codebook.decode(self.codes, self.scales, self.offsets)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights `[..., out, in]` that a server computes with, in its order of operations."""
+        """The weights `[..., out, in]` that a server computes with, in its order of operations.
+
+        Computed in float32, some rows at a time, so that little is held beside the result.
+        """
+        rows, rotation = self.shaped(-1), self.codebook.rotation
+        width = rotation.width if rotation else self.codes.shape[-1]
+        result = torch.empty(len(rows.codes), width, dtype=dtype, device=self.codes.device)
+        step = max(1, CHUNK.get(self.codes.device.type, ELSEWHERE) // self.codes.shape[-1])
+        for start in range(0, len(result), step):
+            part = rows.rows(start, start + step)
+            result[start : start + step] = part._dequantized()
+        return result.view(*self.codes.shape[:-1], width)
+
+    def _dequantized(self) -> Tensor:
         codebook = self.codebook
         if codebook.rotation is None or codebook.rotation.scales_first:
-            return codebook.unrotate(self.values()).to(dtype)
-        units = codebook.level_table(self.codes.device)[self.codes.int()]
-        in_features = codebook.rotation.width
-        return codebook.unrotate(units).mul_(codebook.expand(self.scales.float())[..., :in_features]).to(dtype)
+            return codebook.unrotate(self.values())
+        units = codebook.unrotate(levels_of(self.codes, codebook.level_table(self.codes.device)))
+        return units.mul_(codebook.expand(self.scales.float())[..., : codebook.rotation.width])
 
     def centers(self) -> Tensor:
         """What the middle of the levels stands for, `[..., out, groups]`, float32: offsets as they are optimized."""

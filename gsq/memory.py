@@ -9,6 +9,7 @@ Files have no name, so nothing of them outlives the process, however it ends.
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import mmap
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gsq import units
 from gsq.errors import UserError
@@ -64,12 +65,20 @@ class Memory:
         tensor = make(size).view(dtype).view(shape)
         self.taken[place] += size
         self.most[place] = max(self.most[place], self.taken[place])
-        weakref.finalize(tensor, self._release, place, size)
+        weakref.finalize(tensor.untyped_storage(), self._release, place, size)  # which all its views share
         return tensor
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, near: bool = False) -> Tensor:
         """The same, filled with zeros."""
         return self.empty(shape, dtype, near).zero_()
+
+    def copied(self, module: nn.Module) -> nn.Module:
+        """A copy of a module, its parameters among the tensors given out, where kernels can work on them."""
+        memo = {}
+        for parameter in module.parameters():
+            own = self.empty(parameter.shape, parameter.dtype, near=True).copy_(parameter)
+            memo[id(parameter)] = nn.Parameter(own, requires_grad=parameter.requires_grad)
+        return copy.deepcopy(module, memo)
 
     def _place(self, size: int, near: bool) -> str:
         if self.device.type != "cpu" and (near or self.taken["device"] + size <= self.rooms.device):

@@ -7,7 +7,6 @@ of the smallest module that holds them all.
 
 from __future__ import annotations
 
-import copy
 import time
 import zlib
 from collections import Counter
@@ -25,7 +24,7 @@ from gsq.calib.stream import Calls, Stream, layer_calls
 from gsq.codebook import Codebook, QuantizedTensor
 from gsq.errors import UserError
 from gsq.init.gptq import damped, gptq
-from gsq.init.polish import free_values, polish, row_errors
+from gsq.init.polish import free_values, polish, quadratic, row_errors
 from gsq.init.rtn import round_to_nearest
 from gsq.model.skeleton import SeenEnough
 from gsq.ranks import Ranks
@@ -102,7 +101,7 @@ class LayerWork:
         self.index, self.original, self.stream, self.originals = index, original, stream, originals
         self.codebooks, self.recipe, self.event, self.ranks = codebooks, recipe, event, ranks
         self.device, self.memory = stream.skeleton.device, stream.memory
-        self.current = copy.deepcopy(original)
+        self.current = self.memory.copied(original)
         self.timer = Timer()
         self.quantized: Quantized = {}
         self.problems: dict[str, Problem] = {}
@@ -263,7 +262,7 @@ class LayerWork:
 
     def _quantize(self, aim: Tensor, hessian: Tensor, codebook: Codebook, sums: Counter) -> QuantizedTensor:
         """RTN or GPTQ, then polish, all in the codebook's basis; adds up the squared error after each, and of zero."""
-        sums["zero"] += float(((aim.float() @ hessian) * aim.float()).sum())
+        sums["zero"] += float(quadratic(aim, hessian).sum())
         error = lambda q: float(row_errors(aim, q, hessian).sum())  # noqa: E731
         importance = hessian.diagonal(dim1=-2, dim2=-1)[:, None]
         found = round_to_nearest(aim, codebook, importance)
@@ -334,8 +333,10 @@ class LayerWork:
         outside = {short: name for name, short in inside.items()}
         for number, objective_name in enumerate(self.recipe.objectives):
             objective = self._objective(objective_name, inside, module_path, calls, wanted, weights)
+            dtype = wanted.dtype if objective_name == "output" else torch.float32
             start = time.perf_counter()
-            if number and self._error(objective, inside, init) < self._error(objective, inside, self.quantized):
+            error = lambda q, o=objective, dtype=dtype: self._error(o, inside, q, dtype)  # noqa: E731
+            if number and error(init) < error(self.quantized):
                 for name in targets:
                     self._set(name, init[name])
             refined = refine(
@@ -350,7 +351,7 @@ class LayerWork:
                     steps=schedule.steps, loss=loss, lr=at.lr, tau=at.tau, kappa=at.kappa,
                 ),
                 {inside[name]: self._first(name) for name in targets},
-                wanted.dtype if objective_name == "output" else torch.float32,
+                dtype,
                 self.memory,
             )  # fmt: skip
             self._take(refined, inside, module_path, objective_name, time.perf_counter() - start)
@@ -384,8 +385,8 @@ class LayerWork:
             best_step=refined.best_step, steps=self.recipe.schedule.steps, seconds=seconds,
         )  # fmt: skip
 
-    def _error(self, objective: Objective, inside: dict[str, str], quantized: Quantized) -> float:
-        return objective.error({short: self._own(quantized[full]).dequantize() for full, short in inside.items()})
+    def _error(self, objective: Objective, inside: dict[str, str], quantized: Quantized, dtype: torch.dtype) -> float:
+        return objective.error({short: self._own(quantized[full]).dequantize(dtype) for full, short in inside.items()})
 
     def _own(self, quantized: QuantizedTensor) -> QuantizedTensor:
         """This process's rows, or experts, of a target."""
@@ -410,7 +411,7 @@ class LayerWork:
         error = size = 0.0
         for _, quantized, problem in self._pieces(name):
             error += float(row_errors(problem.wanted, quantized, problem.hessian).sum())
-            size += float((problem.wanted @ problem.hessian).mul_(problem.wanted).sum())
+            size += float(quadratic(problem.wanted, problem.hessian).sum())
         error, size = self.ranks.total(error, size)
         return error / max(size, 1e-30)
 
@@ -424,7 +425,7 @@ class LayerWork:
     def _set(self, name: str, quantized: QuantizedTensor) -> None:
         self.quantized[name] = quantized
         parameter = self.current.get_parameter(name)
-        parameter.data.copy_(quantized.dequantize())
+        parameter.data.copy_(quantized.dequantize(parameter.dtype))
 
 
 def common_module(targets: list[str]) -> str:
@@ -442,5 +443,6 @@ def common_module(targets: list[str]) -> str:
 def quantized_layer(original: nn.Module, quantized: Quantized) -> nn.Module:
     """The layer as it will be served: `original`, which is changed, with decoded weights."""
     for name, q in quantized.items():
-        original.get_parameter(name).data.copy_(q.dequantize())
+        parameter = original.get_parameter(name)
+        parameter.data.copy_(q.dequantize(parameter.dtype))
     return original

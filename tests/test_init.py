@@ -19,7 +19,8 @@ from gsq.calib.hessian import Moments, answer_original
 from gsq.codebook import Codebook, QuantizedTensor
 from gsq.init.gptq import damped, gptq, inverse_factor
 from gsq.init.polish import descend, free_values, polish, refit_scales, relative_error, row_errors
-from gsq.init.rtn import round_to_nearest, search_affine, search_groups, search_scales
+from gsq.init.rtn import round_to_nearest
+from gsq.init.scales import search_groups
 
 ASYMMETRIC = (-3.0, -1.0, 0.5)  # not uniform, and without a zero
 CASES = {
@@ -303,22 +304,22 @@ def test_importance_is_respected(kind: Callable):
 def test_asymmetric_levels_take_the_sign_that_reaches_further(sign: int):
     codebook = Codebook.integer(2, 4)
     weights = sign * torch.tensor([[-1.0, -0.5, 0.0, 0.5]])
-    scales = search_scales(weights, codebook)
+    scales = search_groups(weights, codebook)[0]
     assert torch.equal(scales, torch.tensor([[0.5 * sign]], dtype=torch.bfloat16))
     assert torch.equal(codebook.decode(codebook.encode(weights, scales.float()), scales), weights)
 
 
 def test_symmetric_levels_need_one_sign():
-    assert (search_scales(random(64, 64), Codebook.ternary(16)) > 0).all()
-    assert (search_scales(random(64, 64), Codebook.integer(2, 16)) < 0).any()
+    assert (search_groups(random(64, 64), Codebook.ternary(16))[0] > 0).all()
+    assert (search_groups(random(64, 64), Codebook.integer(2, 16))[0] < 0).any()
 
 
 def test_scales_of_zeros_and_of_what_their_dtype_cannot_hold():
     weights = torch.zeros(2, 32)
     weights[1, 16:] = 1e30
-    scales = search_scales(weights, Codebook.integer(2, 16, torch.float16))
+    scales = search_groups(weights, Codebook.integer(2, 16, torch.float16))[0]
     assert torch.equal(scales, torch.zeros(2, 2, dtype=torch.float16))
-    scales, offsets = search_affine(weights, Codebook.affine(2, 16, torch.float16))
+    scales, offsets = search_groups(weights, Codebook.affine(2, 16, torch.float16))
     assert torch.equal(scales, torch.zeros(2, 2, dtype=torch.float16))
     assert offsets.tolist() == [[0, 0], [0, 65504]]
 

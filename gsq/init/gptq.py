@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gsq.codebook import Codebook, QuantizedTensor
-from gsq.init.rtn import search_groups
+from gsq.init.scales import search_groups
 from gsq.kernels.columns import propagate
 
 BLOCK = 128  # columns, about, whose errors are spread at once, by one matrix product
@@ -45,7 +45,7 @@ def gptq(weights: Tensor, hessian: Tensor, codebook: Codebook, upper: Tensor | N
                 left[..., rest], upper[:, rest, rest], scale, offset, codebook.levels, last - first
             )
         errors = left[..., start:end]  # which have taken the place of the weights
-        left[..., end:] -= errors @ upper[:, start:end, end:]
+        left[..., end:].baddbmm_(errors, upper[:, start:end, end:], alpha=-1)
     return QuantizedTensor(codes, torch.cat(scales, -1), codebook, torch.cat(offsets, -1) if codebook.offset else None)
 
 

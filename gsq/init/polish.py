@@ -20,16 +20,20 @@ SYSTEMS = 1 << 28  # coefficients of the linear systems that are solved at once:
 PRODUCTS = 1 << 27  # weights whose products with the Hessian are held at once: half a gigabyte each, in some copies
 
 
+def quadratic(values: Tensor, hessian: Tensor) -> Tensor:
+    """`v H v^T` of each row of `values` `[batch, out, in]`, `[batch, out]`."""
+    return (values.float() @ hessian).mul_(values).sum(-1)
+
+
 def row_errors(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> Tensor:
     """The objective of each row, `[batch, out]`: `d H d^T` with `d = w - q`."""
-    difference = weights.float() - quantized.values()
-    return (difference @ hessian).mul_(difference).sum(-1)
+    return quadratic(weights - quantized.values(), hessian)
 
 
 def relative_error(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> float:
     """`tr(D H D^T) / tr(W H W^T)` over the whole batch."""
-    reference = (weights.float() @ hessian).mul_(weights).sum()
-    return float(row_errors(weights, quantized, hessian).sum() / reference.clamp_min(1e-30))
+    error, size = row_errors(weights, quantized, hessian).sum(), quadratic(weights, hessian).sum()
+    return float(error / size.clamp_min(1e-30))
 
 
 def polish(
@@ -62,7 +66,7 @@ def descend(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor, sweeps
             of_block = gradient[..., block], values[..., block], hessian[:, block, block]
             codes[..., block] = columns.descend(*of_block, scales, offsets, levels, group, start)
             moves = gradient[..., block]  # which have taken the place of the gradient
-            gradient[..., behind] += moves @ hessian[:, block, behind]
+            gradient[..., behind].baddbmm_(moves, hessian[:, block, behind])
         before, quantized = quantized.codes, replace(quantized, codes=codes)
         if torch.equal(codes, before):
             break
@@ -82,7 +86,8 @@ def refit_scales(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor) -
         parts = [refit_scales(weights[:, start:end], quantized.rows(start, end), hessian) for start, end in spans]
         return QuantizedTensor.stacked(parts)
     codebook, size = quantized.codebook, quantized.codebook.group_size
-    levels = codebook.level_table(weights.device)[quantized.codes.int()] - codebook.center  # [batch, out, in]
+    table = codebook.level_table(weights.device) - codebook.center
+    levels = columns.levels_of(quantized.codes, table)  # [batch, out, in]
     basis = [levels, torch.ones_like(levels)] if codebook.offset else [levels]
 
     def by_group(x: Tensor) -> Tensor:
@@ -96,8 +101,10 @@ def refit_scales(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor) -
         normal[..., unknown, :] = by_group(basis[unknown // groups][..., part] @ hessian[:, part])
     trace = normal.diagonal(dim1=-2, dim2=-1)
     has_say = trace > 0  # unlike a group of zero levels
+    exact = trace.clone()
     trace += torch.where(has_say, 1e-6 * trace, 1.0)
     lower, info = torch.linalg.cholesky_ex(normal)
+    trace.copy_(exact)
     solution = torch.cholesky_solve(target[..., None], lower)[..., 0]
     solved = (info == 0)[..., None] & torch.isfinite(solution) & has_say
     scales = torch.where(solved[..., :groups], solution[..., :groups], quantized.scales.float())
@@ -105,7 +112,15 @@ def refit_scales(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor) -
     if codebook.offset:
         centers = torch.where(solved[..., groups:], solution[..., groups:], quantized.centers())
         refitted.offsets = refitted.offsets_for(centers)
-    better = row_errors(weights, refitted, hessian) < row_errors(weights, quantized, hessian)
+    old, new = _unknowns(quantized), _unknowns(refitted)
+    change = (normal @ (old + new)[..., None])[..., 0] - 2 * target  # times the move, it is that of the row's error
+    better = ((new - old).double() * change).sum(-1) < 0
     take = lambda new, old: torch.where(better[..., None], new, old)  # noqa: E731
     offsets = take(refitted.offsets, quantized.offsets) if codebook.offset else None
     return QuantizedTensor(quantized.codes, take(refitted.scales, quantized.scales), codebook, offsets)
+
+
+def _unknowns(quantized: QuantizedTensor) -> Tensor:
+    """Scales and, if there are offsets, what the middle of the levels stands for, `[batch, out, unknowns]`."""
+    scales = quantized.scales.float()
+    return torch.cat([scales, quantized.centers()], -1) if quantized.codebook.offset else scales

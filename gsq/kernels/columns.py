@@ -93,10 +93,10 @@ def nearest(x: Tensor, levels: Levels) -> Tensor:
     bounds = tables(levels, x.device, x.dtype)[1]
     if x.device.type != "cpu" or len(bounds) > COUNTED:
         return torch.bucketize(x, bounds).to(torch.uint8)
-    code, above = torch.zeros(x.shape, dtype=torch.uint8), torch.empty(x.shape, dtype=torch.bool)
-    for bound in bounds.tolist():  # three times as fast on a CPU, with the same result
-        code += torch.gt(x, bound, out=above).view(torch.uint8)
-    return code
+    code, above = torch.zeros_like(x), torch.empty_like(x)
+    for bound in bounds.tolist():  # on a CPU faster than a search, and numbers are compared faster into their like
+        code.add_(torch.gt(x, bound, out=above))
+    return code.to(torch.uint8)
 
 
 @lru_cache(maxsize=256)

@@ -204,14 +204,16 @@ def round_by_chance(x: Tensor, noise: tuple[int, int, int], first: int) -> Tenso
 
 def _soften(logits: Tensor, draw: Draw, dtype: torch.dtype) -> tuple[Tensor, Tape | None]:
     count, size = logits.shape
-    weights = torch.empty(size, device=logits.device)
-    slope = torch.empty(count, size, device=logits.device) if size <= KEPT else None
-    for part in parts(size, logits.device):
-        own, weights[part] = _part(logits, draw, part)
-        if slope is not None:
+    kept = size <= KEPT
+    weights = torch.empty(size, device=logits.device, dtype=torch.float32 if kept else dtype)
+    slope = torch.empty(count, size, device=logits.device) if kept else None
+    for part in parts(size, logits.device, draw.group):
+        own, mean = _part(logits, draw, part)
+        groups = slice(part.start // draw.group, part.stop // draw.group)
+        weights[part] = mean.view(-1, draw.group).mul_(draw.scales[groups, None]).view(-1)
+        if kept:
             slope[:, part] = own
-    weights.view(-1, draw.group).mul_(draw.scales[:, None])
-    return weights.to(dtype), None if slope is None else Tape(slope, weights)
+    return weights.to(dtype), Tape(slope, weights) if kept else None
 
 
 def _part(logits: Tensor, draw: Draw, part: slice) -> tuple[Tensor, Tensor]:

@@ -76,10 +76,10 @@ def refine(
 
     `wanted` gives a target's free values (see `Relaxation`), which are as large as it and needed once;
     `streams` gives what is drawn for each target a number of its own, and `firsts` says, where `start` is a
-    process's own rows, the number of the first weight in the whole target. `dtype` is that of the soft
+    process's own rows, the number of the first weight in the whole target. `dtype` is that of the
     weights that the objective is given; what moves is held in `memory`.
     """
-    error_init = objective.error(_weights(start))
+    error_init = objective.error(_weights(start, dtype))
     best, error_best, best_step = start, error_init, 0
     relaxed = {
         name: Relaxation(
@@ -96,23 +96,25 @@ def refine(
         on_step(step, loss, at)
         if schedule.judged(step):
             hard = {name: relaxation.hard() for name, relaxation in relaxed.items()}
-            error = objective.error(_weights(hard))
+            error = objective.error(_weights(hard, dtype))
             if error < error_best:
                 best, error_best, best_step = hard, error, step + 1
-    best, error_best = _accept(start, best, error_best, objective)
+    best, error_best = _accept(start, best, error_best, objective, dtype)
     return Refined(best, error_init, error_best, best_step)
 
 
-def _accept(start: Quantized, best: Quantized, error: float, objective: Objective) -> tuple[Quantized, float]:
+def _accept(
+    start: Quantized, best: Quantized, error: float, objective: Objective, dtype: torch.dtype
+) -> tuple[Quantized, float]:
     """Give back its start to every target that is better off with it."""
     for name in start:
         if best[name] is not start[name] and len(start) > 1:
             trial = best | {name: start[name]}
-            trial_error = objective.error(_weights(trial))
+            trial_error = objective.error(_weights(trial, dtype))
             if trial_error < error:
                 best, error = trial, trial_error
     return best, error
 
 
-def _weights(quantized: Quantized) -> Weights:
-    return {name: q.dequantize() for name, q in quantized.items()}
+def _weights(quantized: Quantized, dtype: torch.dtype) -> Weights:
+    return {name: q.dequantize(dtype) for name, q in quantized.items()}

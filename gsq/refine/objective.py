@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gsq.codebook import Codebook
+from gsq.init.polish import quadratic
 from gsq.memory import Batch, Memory
 from gsq.ranks import Ranks, Share, tree_sum
 
@@ -52,7 +53,7 @@ class HessianObjective:
     ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self) -> None:
-        own = [float(((w.float() @ self.hessians[name]) * w.float()).sum()) for name, w in self.wanted.items()]
+        own = [float(quadratic(w, self.hessians[name]).sum()) for name, w in self.wanted.items()]
         self._size = {name: max(size, 1e-30) for name, size in zip(self.wanted, self.ranks.total(*own), strict=True)}
 
     def gradients(self, step: int, weights: Weights) -> tuple[float, Weights]:
