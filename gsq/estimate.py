@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from gsq import quantize, units
+from gsq import units
 from gsq.calib import hessian as moments
 from gsq.calib.tokens import SELF_BATCH
 from gsq.codebook import Codebook
@@ -32,13 +32,13 @@ from gsq.device import keep_freed_memory, pick_device
 from gsq.errors import UserError
 from gsq.eval.quality import DEVICE_LOGIT_BYTES, LOGIT_BYTES
 from gsq.hardware import Hardware, Speed
-from gsq.init import gptq, polish, rtn
+from gsq.init import gptq, polish, scales
 from gsq.kernels import relaxation
 from gsq.memory import Rooms
 from gsq.model.skeleton import Skeleton
 from gsq.plan.rules import Plan, candidates, flexible
 from gsq.prepare import opened, planner, run_folder
-from gsq.quantize import common_module
+from gsq.quantize import common_module, together
 from gsq.ranks import LANES, Ranks
 from gsq.refine import gumbel
 from gsq.run import EXPORT
@@ -55,12 +55,12 @@ UNKNOWN_KURTOSIS = 3.0  # a Gaussian's, where a plan asks for what only weights 
 # Passes over memory that one evaluation of a formula makes, each a read and a write of float32. Counted in the code,
 # then corrected by runs on a CPU: see bench/estimate.py.
 PASS = 8  # bytes
-SEARCH = 12.5  # of one candidate for a scale
-BOUND = 0.5  # more of these for each bound between uneven levels
+SEARCH, SHIFTED = 4, 2  # of one candidate for a scale; more where there are offsets
+BOUND = 1.4  # more of these for each bound between uneven levels
 COLUMN = 18  # calls for one column of GPTQ or descent, and passes over it
 ROTATE = 4  # of a Hadamard transform
-DECODE = 5  # from codes to values
-ERROR = 8  # rows' errors, beside the product
+DECODE = 1  # from codes to values
+ERROR = 4  # rows' errors, beside the product
 SOFT, STEP = 4, 6  # of a logit: forward; backward and Lion
 BESIDE = 3  # of a weight, in each of these
 READ = 4  # times that a layer reads or writes what lies in files
@@ -203,6 +203,7 @@ class Estimate:
         self.config, self.skeleton, self.plan, self.hardware = config, skeleton, plan, hardware
         self.on_device = hardware.accelerator is not None
         self.kind = "cuda" if self.on_device else "cpu"
+        self.device = torch.device(self.kind)
         self.ranks = Ranks(0, hardware.processes)
         self.share = self.ranks.share(config.calib.windows)
         self.length, self.width = config.calib.length, skeleton.dtype.itemsize
@@ -374,21 +375,21 @@ class Estimate:
         levels = book.levels
         asymmetric = not book.offset and [-level for level in levels[::-1]] != list(levels)
         uneven = gptq_uneven(book)
-        tries = (rtn.CANDIDATES + 1) * (1 + asymmetric) + (rtn.REGRESSIONS if book.offset else 1)
-        search = tries * (SEARCH + BOUND * (min(len(levels), 16) - 1) * uneven)
-        chunk = rtn.CHUNK.get(self.kind, rtn.ELSEWHERE)
+        tries = (scales.CANDIDATES + 1) * (1 + asymmetric) + (scales.REGRESSIONS if book.offset else 1)
+        search = tries * (SEARCH + SHIFTED * book.offset + BOUND * (min(len(levels), 16) - 1) * uneven)
+        chunk = scales.CHUNK.get(self.kind, scales.ELSEWHERE)
         seconds = _over(weights, search, chunk, speed)
         products, passes, calls, factored = 2.0, 2.0 * ERROR, 0.0, 0.0
         if init.method == "gptq":
-            seconds += _over(weights, search, max(rows * book.group_size, 1), speed)
+            seconds += _over(weights, search, min(rows * book.group_size, chunk), speed)
             seconds += self._columns(rows, columns, gptq.BLOCK, speed)
             products, passes, factored = products + 1.5, passes + ERROR + 6, factored + FACTOR * squares * columns**3
         if self._cross(group):
             products, factored = products + 2, factored + squares * columns**3 / 3
         if init.polish:
             sweeps, groups = 2 * (init.polish + 1), book.groups(columns) * (1 + book.offset)
-            products += 1 + 1.5 * sweeps + 4 * init.polish
-            passes += ERROR + (DECODE + 4) * sweeps + init.polish * (2 * DECODE + 2 * ERROR)
+            products += 1 + 1.5 * sweeps + 2 * init.polish
+            passes += ERROR + (DECODE + 4) * sweeps + init.polish * (DECODE + 2)
             seconds += sweeps * self._columns(rows, columns, polish.BLOCK, speed)
             seconds += init.polish * _over(weights, 1.5 * groups, min(weights, polish.PRODUCTS), speed)
             systems = init.polish * rows
@@ -588,7 +589,10 @@ class Estimate:
         weights = self.width * layer.weights
         coming = [Item("next layer", weights, HOST)] if self.on_device else []
         codes = sum(group.codes for group in layer.groups)
-        return [Item("layer, original and quantized", 2 * weights, DEVICE), Item("codes", 1.1 * codes, DEVICE), *coming]
+        return [
+            Item("layer, original and quantized", 2 * weights, NEAR),
+            Item("codes", 1.1 * codes, DEVICE), *coming,
+        ]  # fmt: skip
 
     def _calls(self, layer: Layer, stage: tuple[Matrix, ...]) -> list[Item]:
         """Recorded calls of the module that a stage refines, if that is not the layer: what it reads and puts out."""
@@ -631,9 +635,8 @@ class Estimate:
         """Temporaries of some experts, or of all rows, at their most: factoring, or polish."""
         first, init = group.first, self.config.init
         own = -(-first.batch // self.ranks.count) if first.fused else 1
-        limit = quantize.TOGETHER.get(self.kind, quantize.ELSEWHERE)
-        together = min(own, max(1, limit // first.columns**2))
-        square, weights = 4 * together * first.columns**2, 4 * together * group.rows * first.columns
+        count = min(own, together(self.device, group.rows, first.columns))
+        square, weights = 4 * count * first.columns**2, 4 * count * group.rows * first.columns
         work = weights if first.fused else weights / self.ranks.count
         factored = min(square, 4 * gptq.FACTORED)
         factoring = (square + 3 * factored + 0.5 * work) if init.method == "gptq" else 0.0
@@ -670,16 +673,21 @@ class Estimate:
             step.append(Item("exchange of gradients", 8 * max(m.codes for m in stage) * (self.ranks.count > 1), DEVICE))
         else:
             step.append(Item("gradients", 4 * (sum(own) + 3 * largest), DEVICE))
-        hard = [Item("hard weights", 4 * sum(own) + 12 * largest + self.width * whole, DEVICE)]
+        width = self.width if output else 4
+        hard = [Item("hard weights", width * (whole + sum(own) * (self.ranks.count > 1)), DEVICE)]
+        hard.append(Item("judged codes", 1.1 * sum(own), DEVICE))
         hard += self._activations(layer, max(self._judges(), default=1)) if output else []
-        start = [Item("free weights", 4 * largest, NEAR), Item("starting logits", 12 * largest, DEVICE)]
+        freed = max(
+            min(size, together(self.device, m.rows, m.columns) * m.rows * m.columns)
+            for size, m in zip(own, stage, strict=True)
+        )
+        start = [Item("free weights", 4 * largest, NEAR), Item("finding free weights", 12 * freed, DEVICE)]
         return {"start": [*state, *start], "step": [*state, *step], "check": [*state, *hard]}
 
     def _soft(self, stage: tuple[Matrix, ...], own: list[float]) -> float:
         """Bytes of soft weights in float32, which exist beside those of the activations' dtype."""
-        if self.on_device:
-            return max(4.0 * size * (m.codebook.rotation is not None) for size, m in zip(own, stage, strict=True))
-        return 4.0 * sum(size for size in own if size > relaxation.KEPT)
+        books = [matrix.codebook for matrix in stage]
+        return max(4.0 * size * (b.rotation is not None or b.offset) for size, b in zip(own, books, strict=True))
 
     def _tape(self, stage: tuple[Matrix, ...], own: list[float]) -> float:
         """Bytes that a CPU keeps for the way back."""

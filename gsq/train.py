@@ -176,7 +176,7 @@ def walk(run: Run, skeleton: Skeleton, finished: int, event: Callable[..., None]
     layers = skeleton.layers()
     for index in range(skeleton.num_layers):
         start, cpu_start = time.perf_counter(), time.process_time()
-        layer = next(layers)
+        layer = memory.copied(next(layers))
         prefix = skeleton.layer_names[index] + "."
         if index < finished:  # walk on with what is already quantized
             quantized = {name.removeprefix(prefix): q for name, q in run.load_layer(index).items()}
