@@ -1,12 +1,13 @@
 """What conversion without calibration costs: a synthetic checkpoint through `gsq convert`, measured from outside.
 
     python bench/convert.py --folder /tmp/convert --gigabytes 10 --format tq --bits 2,3,4
+    python bench/convert.py --folder /tmp/convert --gigabytes 72 --format jangtq --bits 2 --hollow
 
 The model has layers of Qwen3-8B (format tq) or of Qwen3.6-35B-A3B (format jangtq), as many as fit,
-with random weights. It is written once; every width of `--bits` is then a
-process of its own, which finds nothing of the source in the page cache, and whose output is
-removed. Peak memory is given twice: all resident pages, and those that no file backs (`anon`),
-which the system cannot drop.
+with random weights or, if it is `--hollow`, zeros that take no room on a disk. It is written once;
+every width of `--bits` is then a process of its own, which finds nothing of the source in the page
+cache, and whose output is removed. Peak memory is given twice: all resident pages, and those that
+no file backs (`anon`), which the system cannot drop.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Annotated
 
 import torch
 import typer
-from synthetic import MODELS, layout, write_checkpoint
+from synthetic import MODELS, layout, write_checkpoint, write_hollow
 
 from gsq.model.checkpoint import Checkpoint
 
@@ -37,13 +38,15 @@ def main(
     format: Annotated[str, typer.Option(help="tq or jangtq")] = "tq",
     bits: Annotated[str, typer.Option(help="comma-separated widths")] = "2,3,4",
     group_size: Annotated[int, typer.Option(help="of format tq")] = 128,
+    hollow: Annotated[bool, typer.Option(help="the source has zeros for weights, and takes no room")] = False,
 ) -> None:
     """Make the source if it is missing, convert it once for each width, print a table."""
-    source = folder / f"{format}-source-{gigabytes:g}gb"
+    source = folder / f"{format}-{'hollow' if hollow else 'source'}-{gigabytes:g}gb"
     if not source.exists():
         few, more = (model_bytes(SOURCES[format], layers) for layers in (4, 8))
         layers = round(4 + (gigabytes * 1e9 - few) / ((more - few) / 4))
-        write_checkpoint(MODELS[SOURCES[format]], MODELS[SOURCES[format]].config(layers), source)
+        write = write_hollow if hollow else write_checkpoint
+        write(MODELS[SOURCES[format]], MODELS[SOURCES[format]].config(layers), source)
     size = Checkpoint.open(source).nbytes
     print(f"source: {size / 1e9:.2f} GB; {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}\n")
     print("| bits | seconds | MB of bf16 a second | CPU seconds | peak MB | peak MB, anon | output GB |")

@@ -1,6 +1,6 @@
 """What `gsq estimate` says of runs, beside what they took: seconds by phase, peak memory.
 
-    python -P bench/estimate.py configs/smollm2_cpu.yaml configs/tiny_moe_cpu.yaml --out /tmp/estimate \
+    python bench/estimate.py configs/smollm2_cpu.yaml configs/tiny_moe_cpu.yaml --out /tmp/estimate \
         --layers 3 --set calib.source=TEXT
 
 Every config is quantized in a process of its own with one thread, whose clock is the processor's: other programs on
@@ -24,7 +24,9 @@ import typer
 from gsq import units
 from gsq.config import load_config
 from gsq.errors import UserError
-from gsq.estimate import PHASES, Estimate, estimate_for
+from gsq.estimate.fit import estimate_for
+from gsq.estimate.report import Estimate
+from gsq.estimate.seconds import PHASES
 from gsq.tracking import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,9 +54,7 @@ def compared(config: Path, settings: list[str], run: Path) -> Iterable[dict]:
     """Rows of one config: what, estimated, measured."""
     found, _ = estimate_for(load_config(config, [*settings, f"run={run}"]), None, 1)
     arguments = [part for setting in settings for part in ("--set", setting)]
-    subprocess.run(
-        [sys.executable, "-P", "-c", RUN, "quantize", str(config), "--out", str(run), *arguments], check=True
-    )
+    subprocess.run([sys.executable, "-c", RUN, "quantize", str(config), "--out", str(run), *arguments], check=True)
     seconds, peak = outcome(run)
     estimated = found.seconds()["layer"]
     for phase in PHASES:

@@ -1,6 +1,6 @@
 """KV caches of few bits side by side: size, perplexity, and divergence from the same model with a 16-bit cache.
 
-    python -P bench/kv.py MODEL --text test.txt --out runs/kv
+    python bench/kv.py MODEL --text test.txt --out runs/kv
 
 (`-P`: some models of transformers would take `bench/kernels.py` for the package `kernels`.)
 

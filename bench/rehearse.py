@@ -122,8 +122,7 @@ def watched(recipe: Path, overrides: Iterable[str], out: Path) -> tuple[float, d
     """Quantize under watch into `out / "run"`; seconds by the clock, and what `bench/watch.py` saw."""
     file = out / "memory.json"
     settings = [argument for override in overrides for argument in ("--set", override)]
-    # -P: with this folder on Python's path, `import kernels` of transformers could find a program of it
-    command = [sys.executable, "-P", str(ROOT / "bench" / "watch.py"), str(file), str(recipe)]
+    command = [sys.executable, str(ROOT / "bench" / "watch.py"), str(file), str(recipe)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")]))}
     start = os.times().elapsed
     done = subprocess.run([*command, "--out", str(out / "run"), *settings], env=environment)

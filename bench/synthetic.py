@@ -134,6 +134,28 @@ def write_checkpoint(published: Published, config: dict, folder: Path, seed: int
     return writer.finish()
 
 
+def write_hollow(published: Published, config: dict, folder: Path) -> Path:
+    """The same checkpoint with zeros for weights: files have holes, so that they take no room on a disk."""
+    folder.mkdir(parents=True)
+    index: dict[str, str] = {}
+    for number, (path, block, _) in enumerate(blocks(published, config)):
+        header, end = {}, 0
+        for name, parameter in block.named_parameters():
+            start, end = end, end + 2 * parameter.numel()
+            header[_join(path, name)] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [start, end]}
+        if header:
+            file = folder / f"block-{number:04}.safetensors"
+            index |= dict.fromkeys(header, file.name)
+            text = json.dumps(header).encode()
+            with open(file, "wb") as shard:
+                shard.write(len(text).to_bytes(8, "little") + text)
+                shard.truncate(shard.tell() + end)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "config.json").write_text(json.dumps(config))
+    byte_tokenizer(config.get("text_config", config)["vocab_size"]).save_pretrained(folder)
+    return folder
+
+
 @torch.no_grad()
 def drawn(block: nn.Module, model: PreTrainedModel) -> dict[str, Tensor]:
     """Weights of a block that is on the meta device, as its `model` initializes them, by name inside the block."""

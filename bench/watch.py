@@ -1,6 +1,6 @@
 """`gsq quantize` under watch: what it holds in memory at which place of the program, and what its peak consists of.
 
-    python -P bench/watch.py MEMORY.json CONFIG [options of gsq quantize]
+    python bench/watch.py MEMORY.json CONFIG [options of gsq quantize]
 
 A thread beside the program reads, every few milliseconds, its memory from the system and from where in the
 package the program is (a path of functions, such as `walk > LayerWork.run > LayerWork._initialize`). Whenever

@@ -23,7 +23,7 @@ from gsq import units
 from gsq.errors import UserError
 
 if TYPE_CHECKING:  # commands import what they need, so that `gsq --help` is quick
-    from gsq.estimate import Estimate
+    from gsq.estimate.report import Estimate
     from gsq.plan.rules import Plan, PlanEntry
     from gsq.run import Run
     from gsq.serve.verify import KernelReport
@@ -111,7 +111,7 @@ def estimate(
     Ends with an error if it does not fit, which says what to change.
     """
     from gsq.config import load_config
-    from gsq.estimate import check_fit, estimate_for
+    from gsq.estimate.fit import check_fit, estimate_for
 
     found, folder = estimate_for(load_config(config, overrides), device, processes)
     show_estimate(found)

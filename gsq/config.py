@@ -71,7 +71,9 @@ class Calib(Section):
     windows: Positive = Field(128, description="windows of tokens, held-out ones included")
     length: int = Field(512, ge=2, description="tokens in a window")
     validation: Positive = Field(16, description="windows, of `windows`, held out to judge hard results")
-    batch: Positive = Field(8, description="windows pushed through a layer at once")
+    batch: Positive | Literal["auto"] = Field(
+        "auto", description="windows pushed through a layer at once; `auto`: 8, or what fits an accelerator"
+    )
 
 
 class Rule(Section):

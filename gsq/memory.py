@@ -29,6 +29,7 @@ from gsq.errors import UserError
 from gsq.files import free_bytes
 
 T = TypeVar("T")
+WINDOWS = 8  # in a micro-batch where nobody knows better; the caches of a CPU gain nothing from more
 SMALL = 1 << 20  # bytes below which a tensor is not worth counting
 
 

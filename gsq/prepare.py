@@ -25,6 +25,7 @@ from gsq.errors import UserError
 from gsq.export.base import FORMATS, check_plan, format_of, stored_bytes
 from gsq.export.modules import fused_name
 from gsq.files import explained
+from gsq.memory import WINDOWS
 from gsq.model.checkpoint import Checkpoint, fingerprint
 from gsq.model.resolve import resolve_model
 from gsq.model.skeleton import Skeleton
@@ -159,7 +160,8 @@ def measured_allocation(
         prior = config.init.expert_prior
         # a skeleton of its own, since it keeps embedding and head; bfloat16 would add about 1e-4 to every KL
         own = Skeleton(source, skeleton.device, torch.float32, config.model.max_layers)
-        found = measure(own, tokens, codebooks, config.init.damping, prior, config.calib.batch, progress)
+        batch = WINDOWS if config.calib.batch == "auto" else config.calib.batch
+        found = measure(own, tokens, codebooks, config.init.damping, prior, batch, progress)
         remember(cache, mark, found)
     return Allocation(found, sizes, weights)
 

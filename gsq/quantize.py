@@ -224,7 +224,7 @@ class LayerWork:
         own = self.ranks.span(len(hessians)) if experts else slice(0, 1)
         problems = self._room(group, rows, own, hessians, codebook.columns(hessians.shape[-1]), experts)
         parts, sums = [], Counter()
-        for some in self._together(own, rows[-1].stop, hessians.shape[-1]):
+        for some in self._experts(own, rows[-1].stop, hessians.shape[-1]):
             joined = torch.cat([(w[some] if experts else w[None]).float() for w in given], dim=1)
             hessian = damped(hessians[some], self.recipe.damping)
             aim = joined if moments.cross is None else answer_original(joined, moments, hessian)
@@ -251,9 +251,9 @@ class LayerWork:
         sizes = sizes if experts else [span.stop - span.start for span in map(self.ranks.span, sizes)]
         return [Problem(self.memory.empty((count, n, columns), torch.float32, near=True), kept) for n in sizes]
 
-    def _together(self, own: slice, rows: int, columns: int) -> Iterator[slice]:
+    def _experts(self, own: slice, rows: int, columns: int) -> Iterator[slice]:
         """Some of the process's own experts, of so many rows and columns, at a time."""
-        step = together(self.device, rows, columns)
+        step = experts_at_once(self.device, rows, columns)
         return (slice(start, min(start + step, own.stop)) for start in range(own.start, own.stop, step))
 
     def _span(self, rows: slice) -> slice:
@@ -419,7 +419,7 @@ class LayerWork:
         """Some of a target's own matrices at a time, as they are now, and what they aim at."""
         problem = self.problems[name]
         batched = self._own(self.quantized[name]).shaped(*problem.wanted.shape[:-1])
-        for some in self._together(slice(0, len(problem.wanted)), *problem.wanted.shape[1:]):
+        for some in self._experts(slice(0, len(problem.wanted)), *problem.wanted.shape[1:]):
             yield some, batched.map(lambda t, s=some: t[s]), Problem(problem.wanted[some], problem.hessian[some])
 
     def _set(self, name: str, quantized: QuantizedTensor) -> None:
@@ -428,7 +428,7 @@ class LayerWork:
         parameter.data.copy_(quantized.dequantize(parameter.dtype))
 
 
-def together(device: torch.device, rows: int, columns: int) -> int:
+def experts_at_once(device: torch.device, rows: int, columns: int) -> int:
     """Experts that are initialized at once."""
     return max(1, TOGETHER.get(device.type, ELSEWHERE) // (columns * max(rows, columns)))
 

@@ -99,7 +99,7 @@ class Run:
         facts = read_json(folder / SOURCE)
         if facts["fingerprint"] != fingerprint(source):
             raise UserError(f"cannot resume {folder}: the checkpoint {source.folder} has changed since the run began")
-        if facts[TOKENS] != _checksum(folder / TOKENS):
+        if facts.get(TOKENS) != _checksum(folder / TOKENS):
             raise UserError(f"cannot resume {folder}: its {TOKENS} is damaged; start another run")
         run._claim()
         run.config = config

@@ -28,13 +28,14 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from gsq.calib.grouped import even_groups
 from gsq.calib.stream import Stream
 from gsq.codebook import QuantizedTensor
 from gsq.config import Config
 from gsq.convert import without_calibration
 from gsq.device import activation_dtype, keep_freed_memory, peak_memory, pick_device
 from gsq.errors import UserError
-from gsq.estimate import refuse_unfit, rooms, scratch
+from gsq.estimate.fit import refuse_unfit, rooms, scratch, settled
 from gsq.eval.quality import eval_tokens, evaluate
 from gsq.export.base import export_run, open_model
 from gsq.export.verify import verify
@@ -73,8 +74,10 @@ def train(
     skeleton = ranks.errand(lambda: opened(config, device)) or opened(config, device)  # the first fetches it for all
     check_shares(config, ranks)
     eval_windows(config, skeleton.checkpoint.folder)
+    config = settled(config, skeleton, scratch(config, folder))
     refuse_unfit(config, skeleton, scratch(config, folder))
-    with closing(ranks.errand(lambda: begun(folder, config, skeleton, resume, progress)) or Run.open(folder)) as run:
+    make = lambda: ranks.errand(lambda: begun(folder, config, skeleton, resume, progress)) or Run.open(folder)  # noqa: E731
+    with even_groups(skeleton), closing(make()) as run:
         run.config = config
         [finished] = map(int, ranks.total(len(run.finished()) if ranks.first else 0))  # asked once: it reads all layers
         if ranks.first:

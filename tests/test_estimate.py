@@ -14,13 +14,16 @@ from test_plan_presets import MOE, skeleton_of
 from torch import nn
 from typer.testing import CliRunner
 
-from gsq import estimate, hardware, memory, train
+from gsq import hardware, memory, train
 from gsq.calib.stream import Stream
 from gsq.cli import app
 from gsq.codebook import Codebook
 from gsq.config import Config, load_config, parse_config
 from gsq.errors import UserError
-from gsq.estimate import Estimate, check_fit, outlined, refuse_unfit, rooms
+from gsq.estimate.fit import check_fit, estimated, outlined, refuse_unfit, rooms, settled
+from gsq.estimate.places import DEVICE, FAR, HOST, NEAR
+from gsq.estimate.report import Estimate
+from gsq.estimate.shapes import logits_per_weight
 from gsq.hardware import GPUS, Hardware, available_bytes, measure
 from gsq.memory import Batch, Memory
 from gsq.model.checkpoint import Checkpoint
@@ -168,7 +171,7 @@ def test_what_is_handed_out_is_foreseen(
     config, made = config_of(folder, kind, text), []
     monkeypatch.setattr(train, "Memory", lambda *given: made.append(Memory(*given)) or made[0])
     train.train(config, tmp_path / "run")
-    expected = estimate_of(config).working.most(estimate.NEAR, estimate.FAR)
+    expected = estimate_of(config).working.most(NEAR, FAR)
     assert made[0].most["host"] == pytest.approx(expected, rel=0.15)
 
 
@@ -186,7 +189,7 @@ def test_a_layer_at_work_holds_what_is_foreseen(kind: str, folder: Path):
         entries = found.plan.targets(0)
         prefix = skeleton.layer_names[0] + "."
         codebooks = {entry.name.removeprefix(prefix): entry.codebook for entry in entries}
-        given = found.needs_original and originals
+        given = found.shapes.needs_original and originals
         work = LayerWork(
             0, skeleton.load_layer(0), stream, given or None, codebooks, make_recipe(config), lambda *_, **__: None,
             Ranks(),
@@ -232,10 +235,10 @@ def test_more_of_anything_takes_more(folder: Path):
     for key, value in more_of.items():
         more = estimate_of(config_of(folder, "experts", **base | {key: value}), machine)
         assert more.total > plain.total
-        holds = [e.working.most(estimate.DEVICE, estimate.NEAR, estimate.FAR, estimate.HOST) for e in (more, plain)]
+        holds = [e.working.most(DEVICE, NEAR, FAR, HOST) for e in (more, plain)]
         assert holds[0] > holds[1] or key in ("refine__steps", "init__polish", "refine__windows")
     four = estimate_of(config_of(folder, "experts", **base), replace(machine, processes=4, local=4))
-    assert four.stream * 4 == plain.stream
+    assert four.shapes.stream * 4 == plain.shapes.stream
     assert four.total < plain.total
 
 
@@ -306,7 +309,8 @@ def test_the_reference_budget_fits_an_h200(flagship: Skeleton):
     settings = ["calib.windows=4112", "calib.length=4096", "refine.steps=640", "refine.windows=64", "refine.checks=1"]
     config = load_config(ROOT / "configs" / "qwen36_2bit.yaml", settings)
     h200 = Hardware.named("h200", ROOT)
-    found = Estimate(config, flagship, outlined(config, flagship), replace(h200, host=400 * GB, disk=1000 * GB))
+    found = estimated(config, flagship, None, replace(h200, host=400 * GB, disk=1000 * GB))
+    assert found.config.calib.batch == 16
     assert 40 * GB < found.working.fixed_device < 100 * GB
     assert found.working.peak(found.hardware, "device") <= h200.accelerator
     check_fit(found, ROOT)
@@ -317,6 +321,28 @@ def test_the_reference_budget_fits_an_h200(flagship: Skeleton):
     found.hardware = Hardware.named("rtx-4090", ROOT)
     with pytest.raises(UserError, match=r"logits and momentum 19\.33 GB.*refine\.logits: bfloat16"):
         check_fit(found, ROOT)
+
+
+def test_micro_batches_are_as_large_as_an_accelerator_holds(folder: Path):
+    config = config_of(
+        folder, "dense", calib__batch="auto", calib__windows=256, calib__length=128, calib__validation=16
+    )
+    skeleton = opened(config, CPU)
+    batches = lambda nbytes: estimated(config, skeleton, None, replace(MACHINE, accelerator=nbytes)).config.calib.batch  # noqa: E731
+    needed = {}
+    for windows in (1, 2, 4, 8, 16, 32):
+        fixed = config.model_copy(update={"calib": config.calib.model_copy(update={"batch": windows})})
+        needed[windows] = estimated(fixed, skeleton, None, replace(MACHINE, accelerator=GB)).working.fixed_device
+    assert sorted(needed.values()) == list(needed.values())
+    assert len(set(needed.values())) > 3
+    for nbytes in needed.values():
+        assert batches(nbytes) == max(windows for windows in needed if needed[windows] <= nbytes)
+    assert batches(100 * GB) == 32  # windows of a lane
+    assert batches(needed[1] / 2) == 1  # which is refused
+    assert batches(None) == settled(config, skeleton, folder).calib.batch == 8
+    long = config.model_copy(update={"calib": config.calib.model_copy(update={"length": 1 << 14})})
+    assert estimated(long, skeleton, None, replace(MACHINE, accelerator=1e15)).config.calib.batch == 4
+    assert settled(config_of(folder, "dense"), skeleton, folder).calib.batch == 2
 
 
 def test_unknown_devices():
@@ -332,8 +358,8 @@ def test_speed_is_measured():
 
 
 def test_windows_of_large_codebooks_are_counted():
-    assert estimate._logits(Codebook.integer(3, 32)) == 8
-    assert estimate._logits(Codebook.integer(4, 32)) == 5
+    assert logits_per_weight(Codebook.integer(3, 32)) == 8
+    assert logits_per_weight(Codebook.integer(4, 32)) == 5
 
 
 def test_the_command_prints_tables(folder: Path, text: Path):

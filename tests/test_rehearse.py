@@ -104,6 +104,21 @@ def test_a_checkpoint_holds_the_layout_and_weights_that_work(small: Path):
     assert not torch.equal(*(checkpoint.read(f"model.language_model.layers.{i}.mlp.gate.weight") for i in (0, 1)))
 
 
+def test_a_hollow_checkpoint_has_the_layout_and_takes_no_room(tmp_path: Path):
+    published = MODELS["Qwen3.6-35B-A3B"]
+    config = published.config(2, vision=1, **SMALL, **EXPERTS)
+    folder = synthetic.write_hollow(published, config, tmp_path / "hollow")
+    checkpoint = Checkpoint.open(folder)
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    assert shapes == synthetic.layout(published, config)
+    assert not any(checkpoint.read(name).any() for name in shapes)
+    files = [path.stat() for path in folder.glob("*.safetensors")]
+    assert sum(file.st_size for file in files) > checkpoint.nbytes
+    assert load_tokenizer(folder)("text")["input_ids"]
+    wide = synthetic.write_hollow(MODELS["Qwen3-8B"], MODELS["Qwen3-8B"].config(1), tmp_path / "wide")
+    assert sum(path.stat().st_blocks * 512 for path in wide.glob("*.safetensors")) < Checkpoint.open(wide).nbytes / 1000
+
+
 def test_text_survives_the_tokenizer(small: Path):
     tokenizer = load_tokenizer(small)
     text = "Ein Satz, 字 und\n\t🏖 " + "".join(map(chr, range(32, 127)))

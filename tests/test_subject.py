@@ -122,10 +122,10 @@ def test_exports_are_decoded(tmp_path, folder, form, codebook):
 def test_refuses_what_does_not_fit_before_reading_weights(folder, monkeypatch):
     needed = sum(info.numel for info in Checkpoint.open(folder).tensors.values()) * 4 * 1.1
     monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("weights were read"))
-    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(available=needed - 4))
+    monkeypatch.setattr(module, "available_bytes", lambda: needed - 4)
     with pytest.raises(UserError, match=r"needs .* of memory to generate, and cpu has .*; serve it"):
         Local.open(folder, CPU, torch.float32)
-    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(available=needed + 4))
+    monkeypatch.setattr(module, "available_bytes", lambda: needed + 4)
     with pytest.raises(pytest.fail.Exception, match="weights were read"):
         Local.open(folder, CPU, torch.float32)
 

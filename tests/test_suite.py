@@ -388,7 +388,7 @@ def test_a_base_with_another_tokenizer_is_refused(here, tmp_path):
 
 
 def test_models_that_do_not_fit_are_refused(here, tmp_path, monkeypatch, work):
-    monkeypatch.setattr("gsq.eval.subject.psutil.virtual_memory", lambda: type("Memory", (), {"available": 10**5}))
+    monkeypatch.setattr("gsq.eval.subject.available_bytes", lambda: 1e5)
     given = content(perplexity=content()["tests"]["perplexity"], speed={"contexts": [64], "new_tokens": 4})
     with pytest.raises(UserError, match=r"needs .* of memory to generate.*URL"):
         run(given, tmp_path)

@@ -20,7 +20,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import psutil
 import torch
 from torch import nn
 from transformers import GenerationConfig
@@ -29,6 +28,7 @@ from transformers.generation.streamers import BaseStreamer
 from gsq import units
 from gsq.errors import UserError
 from gsq.export.base import format_of, open_model
+from gsq.hardware import available_bytes
 from gsq.model.checkpoint import Checkpoint
 from gsq.model.resolve import load_tokenizer, resolve_model
 from gsq.model.skeleton import Skeleton
@@ -317,7 +317,7 @@ def free_memory() -> None:
 
 def check_room(folder: Path, nbytes: int, device: torch.device) -> None:
     """Raise `UserError` if weights of so many bytes, and what is computed with them, do not fit the device."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
     if nbytes * ROOM > free:
         raise UserError(
             f"{folder} needs {units.size(nbytes * ROOM)} of memory to generate, "
