@@ -2,8 +2,6 @@
 
     python bench/kv.py MODEL --text test.txt --out runs/kv
 
-(`-P`: some models of transformers would take `bench/kernels.py` for the package `kernels`.)
-
 Beside the schemes stand caches of plain uniform quantization (minimum and maximum of every group of a vector, two
 16-bit numbers beside its codes), which store and read back as strictly as the schemes do, and, where
 optimum-quanto is installed, transformers' own `QuantizedCache`: as it is, which lets a piece of text attend to

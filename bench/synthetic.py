@@ -136,7 +136,8 @@ def write_checkpoint(published: Published, config: dict, folder: Path, seed: int
 
 def write_hollow(published: Published, config: dict, folder: Path) -> Path:
     """The same checkpoint with zeros for weights: files have holes, so that they take no room on a disk."""
-    folder.mkdir(parents=True)
+    partial = folder.with_name(folder.name + ".partial")
+    partial.mkdir(parents=True)
     index: dict[str, str] = {}
     for number, (path, block, _) in enumerate(blocks(published, config)):
         header, end = {}, 0
@@ -144,16 +145,16 @@ def write_hollow(published: Published, config: dict, folder: Path) -> Path:
             start, end = end, end + 2 * parameter.numel()
             header[_join(path, name)] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [start, end]}
         if header:
-            file = folder / f"block-{number:04}.safetensors"
+            file = partial / f"block-{number:04}.safetensors"
             index |= dict.fromkeys(header, file.name)
             text = json.dumps(header).encode()
             with open(file, "wb") as shard:
                 shard.write(len(text).to_bytes(8, "little") + text)
                 shard.truncate(shard.tell() + end)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    (folder / "config.json").write_text(json.dumps(config))
-    byte_tokenizer(config.get("text_config", config)["vocab_size"]).save_pretrained(folder)
-    return folder
+    (partial / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (partial / "config.json").write_text(json.dumps(config))
+    byte_tokenizer(config.get("text_config", config)["vocab_size"]).save_pretrained(partial)
+    return partial.rename(folder)
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ class Calib(Section):
     length: int = Field(512, ge=2, description="tokens in a window")
     validation: Positive = Field(16, description="windows, of `windows`, held out to judge hard results")
     batch: Positive | Literal["auto"] = Field(
-        "auto", description="windows pushed through a layer at once; `auto`: 8, or what fits an accelerator"
+        8, description="windows pushed through a layer at once; `auto`: as many as the accelerator holds"
     )
 
 
@@ -278,7 +278,10 @@ class Eval(Section):
 
 
 class Memory(Section):
-    """What a run may take; hidden states and the like that do not fit lie in files. No result depends on it."""
+    """What a run may take; hidden states and the like that do not fit lie in files.
+
+    No result depends on it, if `calib.batch` is a number.
+    """
 
     device_gb: float | None = Field(
         None, gt=0, description="GB (1e9 bytes) of each accelerator; default: nine tenths of it", json_schema_extra=FREE

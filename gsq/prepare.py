@@ -160,8 +160,7 @@ def measured_allocation(
         prior = config.init.expert_prior
         # a skeleton of its own, since it keeps embedding and head; bfloat16 would add about 1e-4 to every KL
         own = Skeleton(source, skeleton.device, torch.float32, config.model.max_layers)
-        batch = WINDOWS if config.calib.batch == "auto" else config.calib.batch
-        found = measure(own, tokens, codebooks, config.init.damping, prior, batch, progress)
+        found = measure(own, tokens, codebooks, config.init.damping, prior, WINDOWS, progress)
         remember(cache, mark, found)
     return Allocation(found, sizes, weights)
 

@@ -35,7 +35,7 @@ from gsq.config import Config
 from gsq.convert import without_calibration
 from gsq.device import activation_dtype, keep_freed_memory, peak_memory, pick_device
 from gsq.errors import UserError
-from gsq.estimate.fit import refuse_unfit, rooms, scratch, settled
+from gsq.estimate.fit import micro_batch, refuse_unfit, rooms, scratch, with_batch
 from gsq.eval.quality import eval_tokens, evaluate
 from gsq.export.base import export_run, open_model
 from gsq.export.verify import verify
@@ -74,7 +74,7 @@ def train(
     skeleton = ranks.errand(lambda: opened(config, device)) or opened(config, device)  # the first fetches it for all
     check_shares(config, ranks)
     eval_windows(config, skeleton.checkpoint.folder)
-    config = settled(config, skeleton, scratch(config, folder))
+    config = settled(config, skeleton, folder, resume, ranks)
     refuse_unfit(config, skeleton, scratch(config, folder))
     make = lambda: ranks.errand(lambda: begun(folder, config, skeleton, resume, progress)) or Run.open(folder)  # noqa: E731
     with even_groups(skeleton), closing(make()) as run:
@@ -94,6 +94,20 @@ def train(
             if ranks.first:
                 finish(run, tracker.event)
     return run if ranks.first else None
+
+
+def settled(config: Config, skeleton: Skeleton, folder: Path, resume: bool, ranks: Ranks) -> Config:
+    """A number for `calib.batch: auto`: that of the run to be continued, or what the first process finds to fit."""
+    if config.calib.batch != "auto":
+        return config
+
+    def number() -> int:
+        if resume and folder.exists():
+            return Run.open(folder).config.calib.batch
+        return micro_batch(config, skeleton, scratch(config, folder))
+
+    [windows] = map(int, ranks.total(ranks.errand(number) or 0))
+    return with_batch(config, windows)
 
 
 def check_shares(config: Config, ranks: Ranks) -> None:

@@ -123,6 +123,16 @@ def test_a_quantized_tensor_is_cut_and_shaped_as_its_weights(codebook: Codebook)
     assert (q.offsets is not None) == codebook.offset
 
 
+@pytest.mark.parametrize("codebook", CODEBOOKS.values(), ids=CODEBOOKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pieces_decode_as_the_whole_does(codebook: Codebook, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    q = any_codes(codebook)
+    whole = q.dequantize(dtype)
+    assert torch.equal(whole, q.dequantize().to(dtype))
+    monkeypatch.setattr("gsq.codebook.CHUNK", {"cpu": 80})  # five of 24 rows at once
+    assert torch.equal(q.dequantize(dtype), whole)
+
+
 def test_the_middle_of_the_levels_stays_when_the_scale_changes():
     q = any_codes(Codebook.affine(2, 4, torch.float32))
     middle = (q.codebook.decode(torch.full_like(q.codes, 1), q.scales, q.offsets)

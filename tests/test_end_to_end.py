@@ -22,6 +22,7 @@ from gsq import memory, quantize
 from gsq.calib import hessian
 from gsq.calib.stream import Stream
 from gsq.config import Config, parse_config
+from gsq.estimate.fit import with_batch
 from gsq.export.base import open_model
 from gsq.export.dequantize import dequantize
 from gsq.export.verify import verify
@@ -34,7 +35,7 @@ from gsq.ranks import Ranks
 from gsq.refine.objective import token_sizes, token_weights
 from gsq.run import Run
 from gsq.tracking import read_metrics
-from gsq.train import train
+from gsq.train import settled, train
 
 WINDOWS, LENGTH, HELD_OUT = 6, 20, 2
 EVERYTHING = [{"match": r"layers\.\d+\..*(_proj|experts|in_proj_\w+)", "bits": 2, "group_size": 32}]
@@ -204,6 +205,17 @@ def test_no_byte_depends_on_where_tensors_live_or_how_many_experts_go_together(
     )
     assert len(seen) > 100
     assert layer_bytes(tmp_path / "run") == layer_bytes(given.folder)
+
+
+def test_a_resumed_run_keeps_the_micro_batch_that_was_found(finished_run, monkeypatch: pytest.MonkeyPatch):
+    """Whatever would fit now: another accelerator, another number of processes."""
+    run = finished_run(RUNS[0]).run
+    given = with_batch(run.config, "auto")
+    skeleton = Skeleton(run.source, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr("gsq.train.micro_batch", lambda *_: 64)
+    assert settled(given, skeleton, run.folder, True, Ranks()).fixed() == run.config.fixed()
+    assert settled(given, skeleton, run.folder, False, Ranks()).calib.batch == 64
+    assert settled(run.config, skeleton, run.folder, False, Ranks()) == run.config
 
 
 @pytest.mark.parametrize("stage", ["layer", "module"])

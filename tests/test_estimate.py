@@ -20,7 +20,7 @@ from gsq.cli import app
 from gsq.codebook import Codebook
 from gsq.config import Config, load_config, parse_config
 from gsq.errors import UserError
-from gsq.estimate.fit import check_fit, estimated, outlined, refuse_unfit, rooms, settled
+from gsq.estimate.fit import check_fit, estimated, micro_batch, outlined, refuse_unfit, rooms
 from gsq.estimate.places import DEVICE, FAR, HOST, NEAR
 from gsq.estimate.report import Estimate
 from gsq.estimate.shapes import logits_per_weight
@@ -339,10 +339,9 @@ def test_micro_batches_are_as_large_as_an_accelerator_holds(folder: Path):
         assert batches(nbytes) == max(windows for windows in needed if needed[windows] <= nbytes)
     assert batches(100 * GB) == 32  # windows of a lane
     assert batches(needed[1] / 2) == 1  # which is refused
-    assert batches(None) == settled(config, skeleton, folder).calib.batch == 8
+    assert batches(None) == micro_batch(config, skeleton, folder) == 8
     long = config.model_copy(update={"calib": config.calib.model_copy(update={"length": 1 << 14})})
     assert estimated(long, skeleton, None, replace(MACHINE, accelerator=1e15)).config.calib.batch == 4
-    assert settled(config_of(folder, "dense"), skeleton, folder).calib.batch == 2
 
 
 def test_unknown_devices():

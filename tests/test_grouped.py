@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
+import models
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
-from gsq.calib.grouped import LEAST, SIZES, EvenGroups, even
+from gsq.calib.grouped import LEAST, SIZES, EvenGroups, even, even_groups
 from gsq.calib.observe import ObserveLinears
+from gsq.model.checkpoint import Checkpoint
+from gsq.model.skeleton import Skeleton
 
 
 class Rows(TorchFunctionMode):
@@ -44,6 +50,20 @@ def test_results_and_gradients_are_those_of_the_plain_product(counts: list[int])
     for found, expected in zip(even_ones, plain, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-2, rtol=2**-6)
     assert seen.counts == set(even(torch.tensor(counts)).tolist())
+
+
+@pytest.mark.parametrize(
+    ("build", "dtype", "helps"),
+    [
+        (models.tiny_qwen3_5_moe, torch.bfloat16, True),
+        (models.tiny_qwen3_5_moe, torch.float32, False),
+        (models.tiny_qwen3_5, torch.bfloat16, False),
+    ],
+)
+def test_only_experts_in_16_bits_need_it(tmp_path: Path, build: Callable, dtype: torch.dtype, helps: bool):
+    skeleton = Skeleton(Checkpoint.open(build(tmp_path / "model")), torch.device("cpu"), dtype)
+    with even_groups(skeleton) as active:
+        assert isinstance(active, EvenGroups) == helps
 
 
 def test_float32_stays_as_it_is():

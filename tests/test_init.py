@@ -276,6 +276,21 @@ def test_found_groups_are_never_worse_than_the_obvious_ones(codebook: Codebook, 
         assert (found <= slack * weighted_errors(weights, codebook, groups, importance)).all()
 
 
+@pytest.mark.parametrize("size", [16, 24, 1])
+@pytest.mark.parametrize("kind", [Codebook.integer, Codebook.affine, Codebook.lloyd], ids=lambda kind: kind.__name__)
+def test_groups_are_found_alike_in_any_company(kind: Callable, size: int, monkeypatch: pytest.MonkeyPatch):
+    """Bit for bit: processes share out rows and experts, and each searches some at a time."""
+    codebook = kind(3, size)
+    weights, importance = random(3, 37, 144), random(3, 1, 144).square()
+    scales, offsets = search_groups(weights, codebook, importance)
+    some, experts = slice(5, 18), slice(1, 2)
+    monkeypatch.setattr("gsq.init.scales.CHUNK", {"cpu": 7 * size})
+    found, shifts = search_groups(weights[experts, some], codebook, importance[experts])
+    assert torch.equal(found, scales[experts, some])
+    assert codebook.offset == (shifts is not None)
+    assert shifts is None or torch.equal(shifts, offsets[experts, some])
+
+
 @pytest.mark.parametrize(("kind", "share"), [(Codebook.integer, 0.73), (Codebook.affine, 0.62)])
 def test_found_groups_beat_the_obvious_ones_at_two_bits(kind: Callable, share: float):
     codebook, weights = kind(2, 32), random(64, 128)

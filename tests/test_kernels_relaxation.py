@@ -208,6 +208,29 @@ def test_twin_and_kernels_round_alike(kernels: torch.device, count: int):
     assert (moved.logits.cpu() != case.logits).double().mean() > 0.9
 
 
+@pytest.mark.parametrize(("group", "columns", "count"), [(72, 576, 8), (80, 640, 8), (24, 576, 3)])
+@pytest.mark.parametrize("kept", [0, relaxation.KEPT])
+def test_rows_are_softened_and_moved_alike_in_any_share(
+    group: int, columns: int, count: int, kept: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Bit for bit, though groups do not divide what a CPU works on at once: processes share out the rows."""
+    monkeypatch.setattr(relaxation, "KEPT", kept)
+    rows = 256
+    case = make(count, rows * columns // group, group)
+    whole = Case(case.logits.clone(), case.momentum.clone(), case.gradient, case.draw)
+    weights = whole.step()[0]
+    for shares in (2, 8):
+        size = rows // shares * columns
+        for first in range(0, rows * columns, size):
+            span, groups = slice(first, first + size), slice(first // group, (first + size) // group)
+            draw = replace(case.draw, scales=case.draw.scales[groups], first=case.draw.first + first)
+            part = Case(
+                case.logits[:, span].contiguous(), case.momentum[:, span].contiguous(), case.gradient[span], draw
+            )
+            assert torch.equal(part.step()[0], weights[span])
+            assert torch.equal(part.logits, whole.logits[:, span])
+
+
 def test_a_weight_is_drawn_for_by_its_number_alone(device: torch.device):
     """Two parts, one after the other, are the whole."""
     whole = make(5, 30, 64, 16, 1.0, torch.bfloat16, first=100)

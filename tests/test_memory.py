@@ -52,6 +52,36 @@ def test_tensors_are_like_any_others(tmp_path: Path, host: int, dtype: torch.dty
     assert not room.zeros((5, KB), dtype).any()
 
 
+def test_what_is_taken_is_counted_until_the_last_view_is_gone(tmp_path: Path):
+    room = Memory(CPU, Rooms(host=8 * KB), tmp_path)
+    parameter = torch.nn.Parameter(room.zeros((2, KB), torch.float32))
+    view = parameter.data[1]
+    del parameter
+    gc.collect()
+    assert room.taken["host"] == 8 * KB
+    del view
+    gc.collect()
+    assert room.taken["host"] == 0
+
+
+def test_a_copied_module_is_another_one_of_which_parameters_are_counted(tmp_path: Path):
+    room = Memory(CPU, Rooms(host=4 * KB), tmp_path)
+    original = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.BatchNorm1d(64)).requires_grad_(False)
+    original.append(original[0])  # a module twice
+    copied = room.copied(original)
+    assert room.taken == {"device": 0, "host": 0, "file": 8 * KB}
+    assert copied[2] is copied[0]
+    assert not any(parameter.requires_grad for parameter in copied.parameters())
+    for mine, theirs in zip(copied.state_dict().values(), original.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine.data_ptr() != theirs.data_ptr()
+    copied[0].weight.zero_()
+    assert original[0].weight.any()
+    del copied, mine, theirs
+    gc.collect()
+    assert room.taken["file"] == 0
+
+
 def test_files_have_no_names(tmp_path: Path):
     room = Memory(CPU, Rooms(host=0), tmp_path / "new")
     kept = room.zeros((4 * KB,), torch.uint8)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gsq.model.skeleton import Skeleton
+from gsq.model.targets import EXPERT_PARTS
 
 LEAST = 32  # rows to a multiple of which an expert's tokens are filled up, at least
 SIZES = 8  # different numbers of rows between one power of two and the next
@@ -22,7 +23,8 @@ HALF = (torch.bfloat16, torch.float16)
 
 def even_groups(skeleton: Skeleton) -> AbstractContextManager:
     """`EvenGroups` where they help, else nothing: what sees all calls costs each of them a microsecond."""
-    experts = any(weight.ndim == 3 for weight in skeleton.decoder.layers.parameters())
+    names = [name for name, _ in skeleton.decoder.layers.named_parameters()]
+    experts = any(name.rpartition(".")[2] in EXPERT_PARTS for name in names)
     return EvenGroups() if experts and skeleton.device.type == "cpu" and skeleton.dtype in HALF else nullcontext()
 
 
@@ -40,17 +42,18 @@ class EvenGroups(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def even_product(x: Tensor, weight: Tensor, offs: Tensor, **others) -> Tensor:
+def even_product(x: Tensor, weight: Tensor, offs: Tensor, bias=None, out_dtype=None) -> Tensor:
     """Products `[rows, out]` of `x` `[rows, in]`, sorted by expert, whose rows end at `offs` `[experts]`."""
     counts = torch.diff(offs, prepend=offs.new_zeros(1)).long()
     room = even(counts)
     shift = (room - counts).cumsum(0) - (room - counts)  # of each expert's first row
     place = torch.arange(len(x)) + shift.repeat_interleave(counts)
     filled = x.new_zeros(int(room.sum()), x.shape[1]).index_copy(0, place, x)
-    return torch._grouped_mm(filled, weight, offs=room.cumsum(0).to(offs.dtype), **others)[place]
+    ends = room.cumsum(0).to(offs.dtype)
+    return torch._grouped_mm(filled, weight, offs=ends, bias=bias, out_dtype=out_dtype)[place]
 
 
-def _is_uneven(x: Tensor, weight: Tensor, offs: Tensor | None = None, **others) -> bool:
+def _is_uneven(x: Tensor, weight: Tensor, offs: Tensor | None = None, bias=None, out_dtype=None) -> bool:
     halves = x.device.type == "cpu" and x.dtype in HALF
     return halves and x.ndim == 2 and weight.ndim == 3 and int(offs[-1]) == len(x)
 

@@ -50,8 +50,7 @@ def estimated(config: Config, skeleton: Skeleton, plan: Plan | None, hardware: H
     if config.calib.batch != "auto":
         return Estimate(config, skeleton, plan, hardware)
     for windows in _batches(config, hardware):
-        calib = config.calib.model_copy(update={"batch": windows})
-        found = Estimate(config.model_copy(update={"calib": calib}), skeleton, plan, hardware)
+        found = Estimate(with_batch(config, windows), skeleton, plan, hardware)
         if found.working.fixed_device <= (hardware.accelerator or 0.0):
             break
     return found
@@ -65,15 +64,20 @@ def _batches(config: Config, hardware: Hardware) -> list[int]:
     return [1 << power for power in reversed(range(most.bit_length()))]
 
 
-def settled(config: Config, skeleton: Skeleton, folder: Path) -> Config:
-    """`config` with a number for `calib.batch: auto`: the largest with which a run fits this machine."""
-    if config.calib.batch != "auto":
-        return config
+def micro_batch(config: Config, skeleton: Skeleton, folder: Path) -> int:
+    """Windows at once where `calib.batch` is `auto`: the most with which a run fits this machine."""
+    hardware = Hardware.here(skeleton.device, folder)
+    if hardware.accelerator is None:
+        return WINDOWS
     try:
-        return estimated(config, skeleton, None, Hardware.here(skeleton.device, folder)).config
+        return estimated(config, skeleton, None, hardware).config.calib.batch
     except (UntracedError, UserError):  # of a plan that cannot hold; whoever makes the plan says so
-        calib = config.calib.model_copy(update={"batch": WINDOWS})
-        return config.model_copy(update={"calib": calib})
+        return WINDOWS
+
+
+def with_batch(config: Config, windows: int) -> Config:
+    """`config` with so many windows at once."""
+    return config.model_copy(update={"calib": config.calib.model_copy(update={"batch": windows})})
 
 
 def outlined(config: Config, skeleton: Skeleton) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -14,6 +15,7 @@ from gsq.estimate.shapes import Group, Layer, Matrix, Shapes, Stage, logits_per_
 from gsq.eval.quality import DEVICE_LOGIT_BYTES, LOGIT_BYTES
 from gsq.init import gptq, polish
 from gsq.kernels import relaxation
+from gsq.memory import WINDOWS
 from gsq.plan.rules import flexible
 from gsq.quantize import experts_at_once
 from gsq.refine import gumbel
@@ -38,6 +40,8 @@ class Inventory:
     def _points(self, layer: Layer) -> dict[str, Moment]:
         """Points of the work on a layer, in their order."""
         found, walked = {}, [*self._always(), *self._of_layer(layer)]
+        read = Item("layer as it was read", self.shapes.width * layer.weights, DEVICE)
+        found["load"] = (*self._always(), read, replace(read, name="layer", place=NEAR))
         for stage in layer.stages:
             always, held = [*walked, *self._calls(layer, stage)], []
             for group in (group for group in layer.groups if group.first in stage):
@@ -170,12 +174,13 @@ class Inventory:
     def _while_stepping(self, layer: Layer, stage: Stage) -> list[Item]:
         """While a step is taken."""
         shapes, own = self.shapes, [self.shapes.own(matrix) for matrix in stage]
-        whole = sum(matrix.codes for matrix in stage)
+        whole, output = sum(matrix.codes for matrix in stage), self.config.refine.objective != "hessian"
         relaxed = [
-            Item("soft weights", shapes.width * whole + self._soft(stage), DEVICE),
+            Item("soft weights", shapes.width * whole * output + 4 * sum(own) * (not output), DEVICE),
+            Item("soft weights before they are rounded", self._soft(stage), DEVICE),
             Item("tape of the relaxation", self._tape(stage), DEVICE),
         ]
-        if self.config.refine.objective == "hessian":
+        if not output:
             return [*relaxed, Item("gradients", 4 * (sum(own) + 3 * max(own)), DEVICE)]
         exchanged = 8 * max(matrix.codes for matrix in stage) * (shapes.ranks.count > 1)
         return [
@@ -198,7 +203,8 @@ class Inventory:
 
     def _soft(self, stage: Stage) -> float:
         """Bytes of soft weights in float32, which exist beside those of the activations' dtype."""
-        return max(4.0 * self.shapes.own(m) * (m.codebook.rotation is not None or m.codebook.offset) for m in stage)
+        copies = lambda book: (book.rotation is not None) + 2 * book.offset  # noqa: E731
+        return max(4.0 * self.shapes.own(matrix) * copies(matrix.codebook) for matrix in stage)
 
     def _tape(self, stage: Stage) -> float:
         """Bytes that a CPU keeps for the way back."""
@@ -230,7 +236,12 @@ class Inventory:
             return []
         hidden = 4 * (streams + 2) * settings.windows * settings.length * shapes.hidden_size
         largest = max(layer.weights for layer in shapes.layers)
-        return [Item("hidden states of each unit", hidden, DEVICE), Item("layer", 8 * largest, DEVICE)]
+        peak = max(shapes.trace(layer.index, WINDOWS, settings.length).peak for layer in shapes.layers)
+        active = peak * 4 / shapes.width  # in float32
+        return [
+            Item("hidden states of each unit", hidden, DEVICE), Item("layer", 8 * largest, DEVICE),
+            Item("activations", active, DEVICE),
+        ]  # fmt: skip
 
     def _while_evaluating(self) -> list[Item]:
         """When export and original are compared."""

@@ -85,20 +85,8 @@ def refit_scales(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor) -
         spans = [(start, min(start + step, rows)) for start in range(0, rows, step)]
         parts = [refit_scales(weights[:, start:end], quantized.rows(start, end), hessian) for start, end in spans]
         return QuantizedTensor.stacked(parts)
-    codebook, size = quantized.codebook, quantized.codebook.group_size
-    table = codebook.level_table(weights.device) - codebook.center
-    levels = columns.levels_of(quantized.codes, table)  # [batch, out, in]
-    basis = [levels, torch.ones_like(levels)] if codebook.offset else [levels]
-
-    def by_group(x: Tensor) -> Tensor:
-        """Sums over each group of the products of `x` `[batch, out, in]` with each of the basis, side by side."""
-        return torch.cat([(x * b).unflatten(-1, (groups, size)).sum(-1) for b in basis], dim=-1)
-
-    target = by_group(weights.float() @ hessian)  # [batch, out, unknowns]
-    normal = torch.empty(*target.shape, target.shape[-1], device=weights.device)
-    for unknown in range(target.shape[-1]):
-        part = slice(unknown % groups * size, (unknown % groups + 1) * size)
-        normal[..., unknown, :] = by_group(basis[unknown // groups][..., part] @ hessian[:, part])
+    codebook = quantized.codebook
+    normal, target = _normal_equations(weights.float(), quantized, hessian)
     trace = normal.diagonal(dim1=-2, dim2=-1)
     has_say = trace > 0  # unlike a group of zero levels
     exact = trace.clone()
@@ -118,6 +106,35 @@ def refit_scales(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor) -
     take = lambda new, old: torch.where(better[..., None], new, old)  # noqa: E731
     offsets = take(refitted.offsets, quantized.offsets) if codebook.offset else None
     return QuantizedTensor(quantized.codes, take(refitted.scales, quantized.scales), codebook, offsets)
+
+
+def _normal_equations(weights: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """`N` `[batch, out, unknowns, unknowns]` and `t` `[batch, out, unknowns]`: a row's error is `s N s - 2 s t + ...`.
+
+    For the `s` of `_unknowns`. Between groups, what one of the two has to say of the other is computed once.
+    """
+    codebook, (batch, rows, groups) = quantized.codebook, quantized.scales.shape
+    size, unknowns = codebook.group_size, groups * (1 + codebook.offset)
+    table = codebook.level_table(weights.device) - codebook.center
+    by_group = lambda x: x.unflatten(-1, (-1, size))  # noqa: E731
+    levels = by_group(columns.levels_of(quantized.codes, table))  # [batch, out, groups, size]
+    aims = by_group(weights @ hessian)
+    target = (aims * levels).sum(-1)
+    normal = torch.empty(batch, rows, unknowns, unknowns, device=weights.device)
+    for group in range(groups):
+        first = group * size
+        reached = by_group(levels[:, :, group] @ hessian[:, first : first + size, first:])  # from this group on
+        own = reached.mul_(levels[:, :, group:]).sum(-1)
+        normal[..., group, group:groups] = normal[..., group:groups, group] = own
+    if codebook.offset:
+        moved = by_group(
+            hessian.unflatten(1, (groups, size)).sum(2)
+        )  # [batch, groups, groups, size], of all rows alike
+        cross = torch.einsum("bokc,blkc->bokl", levels, moved)
+        normal[..., :groups, groups:], normal[..., groups:, :groups] = cross, cross.mT
+        normal[..., groups:, groups:] = moved.sum(-1)[:, None]
+        target = torch.cat([target, aims.sum(-1)], -1)
+    return normal, target
 
 
 def _unknowns(quantized: QuantizedTensor) -> Tensor:

@@ -50,7 +50,8 @@ class Groups:
         self.codebook, self.levels = codebook, codebook.level_table(weights.device)
         self.weights = weights.float().T.contiguous()  # [g, n]
         self.importance = None if importance is None else importance.float().T.contiguous()
-        self._buffer, self._shifted = torch.empty_like(self.weights), torch.empty_like(self.weights)
+        self._buffer = torch.empty_like(self.weights)
+        self._shifted = torch.empty_like(self.weights) if codebook.offset else None
         low, step = spacing(codebook.levels) or (0.5, 1.0)
         self._even = step if (low / step).is_integer() else None  # levels are multiples of it
 
@@ -109,7 +110,7 @@ def search_scales(groups: Groups) -> tuple[Tensor]:
     for shrink in _shrinks():
         for sign in (1.0,) if symmetric else (1.0, -1.0):
             keep_better(sign * shrink * unit)
-    reached = groups.reached(best).clone()
+    reached = groups.reached(best)
     keep_better(_divide(groups.total(w * reached), groups.total(reached.square())))
     return (best,)
 

@@ -21,6 +21,7 @@ https://arxiv.org/abs/1502.02551 (stochastic rounding).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ from gsq.kernels.dispatch import triton_runs
 
 CHUNK = {"cpu": 1 << 15}  # weights worked on at once: on a CPU they stay in its cache,
 ELSEWHERE = 1 << 24  # elsewhere what is computed stays small beside logits and momentum
+LANES = 64  # a multiple of all numbers of float32 that a CPU works on at once
 MOST = 8  # logits of a weight
 TABLE = 256  # levels that a window, of bytes, can point into
 FLOAT32 = (torch.float32,)
@@ -152,8 +154,11 @@ def likeliest(logits: Tensor) -> Tensor:
 
 
 def parts(size: int, device: torch.device, multiple: int = 1) -> Iterator[slice]:
-    """`size` weights in parts to be worked on one after the other, each but the last a `multiple` of weights long."""
-    step = CHUNK.get(device.type, ELSEWHERE)
+    """`size` weights in parts to be worked on one after the other, each but the last a `multiple` of weights long.
+
+    And of `LANES`: where fewer than a CPU takes at once are left over, it rounds differently.
+    """
+    step, multiple = CHUNK.get(device.type, ELSEWHERE), math.lcm(multiple, LANES)
     step = max(step - step % multiple, multiple)
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
