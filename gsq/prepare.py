@@ -133,7 +133,7 @@ def measured_allocation(
     names = flexible(skeleton, config.plan.all_rules, settings.widths)
     if not names:
         return None
-    units = _units(names, config.export.format)
+    units = units_of(names, config.export.format)
     plans = _by_width(settings.widths, names, units, planned)
     names = {name: {bits: codebooks[bits] for bits in plans} for name, codebooks in names.items()}
     sizes = {name: {bits: plan.entries[name].bytes_after for bits, plan in plans.items()} for name in names}
@@ -213,7 +213,7 @@ def _by_width(
     return plans
 
 
-def _units(names: Iterable[str], format: str | None) -> list[Unit]:
+def units_of(names: Iterable[str], format: str | None) -> list[Unit]:
     """Parameters that share a width: those that a server of the format fuses."""
     units: dict[str, list[str]] = {}
     for name in names:

@@ -21,14 +21,16 @@ from gsq.codebook import Codebook
 from gsq.config import Config, load_config, parse_config
 from gsq.errors import UserError
 from gsq.estimate.fit import check_fit, estimated, micro_batch, outlined, refuse_unfit, rooms
+from gsq.estimate.pace import Pace
 from gsq.estimate.places import DEVICE, FAR, HOST, NEAR
 from gsq.estimate.report import Estimate
+from gsq.estimate.search import Search
 from gsq.estimate.shapes import logits_per_weight
 from gsq.hardware import GPUS, Hardware, available_bytes, measure
 from gsq.memory import Batch, Memory
 from gsq.model.checkpoint import Checkpoint
 from gsq.model.skeleton import Skeleton
-from gsq.prepare import opened
+from gsq.prepare import opened, plan_of
 from gsq.quantize import LayerWork
 from gsq.ranks import Ranks
 from gsq.trace import Counter, Outline, Work
@@ -321,6 +323,27 @@ def test_the_reference_budget_fits_an_h200(flagship: Skeleton):
     found.hardware = Hardware.named("rtx-4090", ROOT)
     with pytest.raises(UserError, match=r"logits and momentum 19\.33 GB.*refine\.logits: bfloat16"):
         check_fit(found, ROOT)
+
+
+def test_a_search_for_bits_is_counted_as_it_walks(folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch):
+    rules = [{"role": ["attention", "mlp"], "bits": "sensitivity", "group_size": 32}]
+    settings = {"plan__rules": rules, "plan__target_bpw": 5.0, "plan__sensitivity": {"windows": 3, "length": 32}}
+    config = config_of(folder, "dense", text, **settings)
+    config = config.model_copy(update={"run": str(folder / "search" / "run")})
+    estimate = estimate_of(config, replace(MACHINE, speed=GPUS["h200"].speed))
+    search = Search(estimate.shapes, Pace(GPUS["h200"].speed))
+    runs, run_layer = [], Skeleton.run_layer
+    monkeypatch.setattr(Skeleton, "run_layer", lambda *args: runs.append(args[2].shape[0]) or run_layer(*args))
+    plan_of(config, opened(config, CPU), progress=lambda done, layers: None)
+    layers = estimate.shapes.skeleton.num_layers
+    assert runs == [3] * (search.passes + layers)  # with a sample of each layer, of what is read by what
+    assert 0 < search.seconds() == estimate.seconds()["run"]["plan"]
+    assert (
+        "plan"
+        not in estimate_of(config_of(folder, "dense", text), replace(MACHINE, speed=GPUS["h200"].speed)).seconds()[
+            "run"
+        ]
+    )
 
 
 def test_micro_batches_are_as_large_as_an_accelerator_holds(folder: Path):

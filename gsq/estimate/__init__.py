@@ -5,6 +5,6 @@ of a forward and a backward pass and what they hold; what the method adds (Hessi
 counted from shapes, in the order in which `gsq.quantize` does it. Layers of one shape are counted once.
 
 `shapes` and `windows` say what there is to do. From them `memory` lists what is held at each point of a run, which
-`places` puts where there is room, and `seconds`, with `init` and `refine`, adds up what all of it takes at the `pace`
-of a machine. `report` is what people ask; `fit` refuses a run that a machine cannot hold.
+`places` puts where there is room, and `seconds`, with `init`, `refine` and `search`, adds up what all of it takes at
+the `pace` of a machine. `report` is what people ask; `fit` refuses a run that a machine cannot hold.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gsq.estimate.pace import DECODE, ERROR, PASS, ROTATE, Pace
 from gsq.estimate.shapes import Group, Shapes
@@ -46,7 +46,15 @@ class GroupInit:
 
     def seconds(self) -> float:
         """Of the whole init."""
-        parts = list(self._parts())
+        return self._seconds(list(self._parts()))
+
+    def trial(self, factored: bool) -> float:
+        """Of GPTQ and its error alone, with or without what is factored of the Hessian."""
+        own = self._gptq()
+        error = Part(products=2.0, passes=ERROR)
+        return self._seconds([own if factored else replace(own, factored=0.0), error])
+
+    def _seconds(self, parts: list[Part]) -> float:
         products = sum(part.products for part in parts) * (2.0 * self.weights * self.columns)
         factored = sum(part.factored for part in parts) / self.pace.speed.factors
         counted = self.pace.products(products, sum(part.calls for part in parts)) + factored
@@ -81,15 +89,15 @@ class GroupInit:
 
     def _polish(self) -> Part:
         rounds = self.config.polish
-        sweeps, groups = 2 * (rounds + 1), self.book.groups(self.columns) * (1 + self.book.offset)
+        sweeps, groups = 2 * (rounds + 1), self.book.groups(self.columns)
         systems = rounds * self.rows
-        regressed = self.pace.over(self.weights, 1.5 * groups, min(self.weights, polish.PRODUCTS))
+        regressed = self.pace.over(self.weights, 0.75 * groups, min(self.weights, polish.PRODUCTS))
         return Part(
             loops=(sweeps * self._over_columns(polish.BLOCK), rounds * regressed),
-            products=1 + 1.5 * sweeps + 2 * rounds,
+            products=1 + 1.5 * sweeps + 1.5 * rounds,
             passes=ERROR + (DECODE + 4) * sweeps + rounds * (DECODE + 2),
             calls=0 if self.pace.speed.ahead else systems,  # of a library that factors one after the other
-            factored=systems * groups**3,
+            factored=systems * (groups * (1 + self.book.offset)) ** 3,
         )
 
     def _over_columns(self, block: int) -> float:

@@ -9,6 +9,7 @@ from gsq.calib.tokens import SELF_BATCH
 from gsq.estimate.init import GroupInit
 from gsq.estimate.pace import PASS, Pace
 from gsq.estimate.refine import StageRefinement
+from gsq.estimate.search import Search
 from gsq.estimate.shapes import Group, Layer, Shapes
 from gsq.hardware import Speed
 from gsq.trace import Work
@@ -89,16 +90,20 @@ class Seconds:
         return self.pace.modules(forward) + self.speed.seconds(observed) + summed
 
     def _before(self) -> dict[str, float]:
-        """Calibration text that the model writes itself, token by token."""
+        """Calibration text that the model writes itself, and the search for bits."""
+        searched = Search(self.shapes, self.pace).seconds()
+        found = {"tokens": self._written()} if self.config.calib.source == "self" else {}
+        return {**found, "plan": searched} if searched else found
+
+    def _written(self) -> float:
+        """Calibration text, token by token."""
         shapes, calib = self.shapes, self.config.calib
-        if calib.source != "self":
-            return {}
         token = sum((shapes.trace(layer.index, 1, 1).work * layer.times for layer in shapes.layers), Work())
         batches = -(-calib.windows // SELF_BATCH)
         heads = 2.0 * shapes.head_weights * calib.windows * calib.length
         flops = token.flops * calib.windows * calib.length + heads
         read = batches * calib.length * shapes.width * (shapes.layer_weights + shapes.head_weights)
-        return {"tokens": self.pace.modules(Work(flops, bytes=read, calls=token.calls * batches * calib.length))}
+        return self.pace.modules(Work(flops, bytes=read, calls=token.calls * batches * calib.length))
 
     def _behind(self) -> dict[str, float]:
         """Export, its verification, and the evaluation of two models."""
