@@ -12,6 +12,6 @@ model=$(ls "$model"/*.gguf)
 # Text to measure on that no step saw: the Python language reference, which comes with Python.
 python -c 'import pydoc_data.topics as t; print("\n\n".join(t.topics[k] for k in sorted(t.topics)))' >"$out/text.txt"
 python bench/quality.py configs/smollm2_cpu.yaml --set model.name="$model" --rows RTN,GPTQ,GSQ \
-  --text "$out/text.txt" --windows 8 --length 512 --out "$out"
+  --text "$out/text.txt" --windows 6 --length 512 --out "$out"
 gsq inspect "$out/gsq/export" | tail -3
 echo "checkpoint: $out/gsq/export   report: $out/gsq/report.html   table: $out/table.md"

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from gsq.kernels.dispatch import triton_runs
 
-CHUNK = {"cpu": 1 << 15}  # weights worked on at once: on a CPU they stay in its cache,
+CHUNK = {"cpu": 1 << 17}  # weights worked on at once: on a CPU they stay in its cache, and threads have enough to do,
 ELSEWHERE = 1 << 24  # elsewhere what is computed stays small beside logits and momentum
 LANES = 64  # a multiple of all numbers of float32 that a CPU works on at once
 MOST = 8  # logits of a weight
